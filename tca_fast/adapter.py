@@ -1,0 +1,173 @@
+"""The transcoder adapter, and the frozen MLP with an adapter beside it.
+
+Shapes: T tokens, D model width, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tca_fast import ops, sparsity
+from tca_fast.config import AdapterConfig
+from tca_fast.errors import UserError
+from tca_fast.ops import ActiveFeatures, AdapterOutput
+
+
+class TranscoderAdapter(nn.Module):
+    """A sparse branch: y = mlp_out + W_dec·act(W_enc·x + b_enc) + b_dec (paper §3).
+
+    Parameters are kept in float32 by default and cast to the dtype of the activations when they
+    are used (design §4.7). The decoder is stored feature-major, one row per feature.
+
+    Attributes:
+        W_enc: encoder, [F, D].
+        b_enc: encoder bias, [F].
+        W_dec: decoder, [F, D].
+        b_dec: decoder bias, [D], or None.
+        gain: [F] multipliers of the activations, or None while all are 1. Not saved.
+    """
+
+    gain: Tensor | None
+
+    def __init__(
+        self,
+        width: int,
+        config: AdapterConfig,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Initialise as contract §1.2: W_enc uniform in ±1/√D, everything else zero.
+
+        Args:
+            width: D.
+            config: features, activation, k, decoder bias.
+            generator: CPU generator of the encoder weights.
+            device, dtype: of the parameters.
+        """
+        super().__init__()
+        self.config = config
+        bound = 1 / math.sqrt(width)
+        encoder = torch.empty(config.num_features, width).uniform_(
+            -bound, bound, generator=generator
+        )
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.W_enc = nn.Parameter(encoder.to(**options))
+        self.b_enc = nn.Parameter(torch.zeros(config.num_features, **options))
+        self.W_dec = nn.Parameter(torch.zeros(config.num_features, width, **options))
+        self.b_dec = nn.Parameter(torch.zeros(width, **options)) if config.decoder_bias else None
+        self.register_buffer("gain", None, persistent=False)
+
+    def forward(
+        self, x: Tensor, mlp_out: Tensor, token_mask: Tensor | None = None
+    ) -> AdapterOutput:
+        """Add the branch to the MLP's output.
+
+        Args:
+            x: input of the MLP, [..., D].
+            mlp_out: output of the MLP, [..., D], the dtype of `x`.
+            token_mask: bool [...]; False leaves a token out of the statistics.
+
+        Returns:
+            Output and statistics, see `ops.AdapterOutput`.
+
+        Raises:
+            UserError: shapes or dtypes that do not fit.
+        """
+        dtype = x.dtype
+        return ops.adapter(
+            x,
+            mlp_out,
+            self.W_enc.to(dtype),
+            self.b_enc.to(dtype),
+            self.W_dec.to(dtype),
+            None if self.b_dec is None else self.b_dec.to(dtype),
+            k=self.config.k,
+            gain=None if self.gain is None else self.gain.to(dtype),
+            token_mask=token_mask,
+        )
+
+    def encode(self, x: Tensor) -> ActiveFeatures:
+        """Active features of `x` [..., D], before any gain."""
+        return ops.encode(
+            x, self.W_enc.to(x.dtype), self.b_enc.to(x.dtype), k=self.config.k
+        )
+
+    def decode(self, active: ActiveFeatures) -> Tensor:
+        """What the branch adds for the given features, [T, D], with the gain applied."""
+        dtype = active.value.dtype
+        return ops.decode(
+            active,
+            self.W_dec.to(dtype),
+            None if self.b_dec is None else self.b_dec.to(dtype),
+            gain=None if self.gain is None else self.gain.to(dtype),
+        )
+
+    def set_gain(self, feature: int, value: float) -> None:
+        """Multiply the activation of one feature from now on; 1 leaves it as it is, 0 ablates it.
+
+        Raises:
+            UserError: no such feature, or a gain that is not finite.
+        """
+        if not 0 <= feature < self.config.num_features:
+            raise UserError(
+                f"feature: {feature} is outside 0..{self.config.num_features - 1}, the features "
+                "of this layer"
+            )
+        if not math.isfinite(value):
+            raise UserError(f"gain: {value} is not finite; give a number such as 0 or 2.0")
+        if self.gain is None:
+            self.gain = torch.ones_like(self.b_enc, requires_grad=False)
+        self.gain[feature] = value
+
+    def clear_gain(self) -> None:
+        """Set every gain back to 1."""
+        self.gain = None
+
+    def extra_repr(self) -> str:
+        """Shape and activation, for `print(model)`."""
+        features, width = self.W_enc.shape
+        kept = "relu" if self.config.k is None else f"topk(k={self.config.k})"
+        return f"width={width}, num_features={features}, activation={kept}"
+
+
+class AdaptedMLP(nn.Module):
+    """A frozen MLP with an adapter beside it, in the place of the MLP.
+
+    Attributes:
+        mlp: the wrapped module, untouched.
+        adapter: its adapter.
+        layer: index of the decoder layer, for statistics.
+        enabled: False makes this the bare MLP.
+    """
+
+    def __init__(self, mlp: nn.Module, adapter: TranscoderAdapter, layer: int) -> None:
+        super().__init__()
+        self.mlp = mlp
+        self.adapter = adapter
+        self.layer = layer
+        self.enabled = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """MLP plus adapter; reports to the open sparsity recorder, if any.
+
+        Args:
+            hidden_states: [B, S, D].
+
+        Returns:
+            [B, S, D], the dtype of the MLP's output.
+        """
+        mlp_out = self.mlp(hidden_states)
+        if not self.enabled:
+            return mlp_out
+        recorder = sparsity.current()
+        token_mask = None if recorder is None else recorder.token_mask
+        output = self.adapter(hidden_states, mlp_out, token_mask)
+        if recorder is not None:
+            recorder.add(self.layer, output)
+        return output.y

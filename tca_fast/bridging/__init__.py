@@ -1,0 +1,1 @@
+"""Two models that share everything but their MLPs, and the objective that makes them agree."""

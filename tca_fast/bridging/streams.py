@@ -1,0 +1,192 @@
+"""The two models of training, sharing every tensor but the MLPs (contract §2, design §4.9).
+
+The adapter stream is the backbone with the base's MLPs and an adapter beside each; the reference
+stream is the target. With the target as backbone the two are separate module trees over the same
+parameters, so there is no switch to set and nothing stored twice.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tca_fast.attach import MLP_NAME, AdaptedModel, attach, decoder_parts
+from tca_fast.bridging.pair import check_pair, check_tokenizers
+from tca_fast.config import AdapterConfig, PairConfig
+from tca_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Streams(NamedTuple):
+    """The model under training and the model it must reproduce.
+
+    Attributes:
+        adapted: backbone with the base's MLPs and adapters; `adapted.disabled()` is the hybrid.
+        reference: the target, frozen.
+    """
+
+    adapted: AdaptedModel
+    reference: PreTrainedModel
+
+    @property
+    def num_layers(self) -> int:
+        """L, decoder layers."""
+        return len(self.adapted.layers)
+
+
+def build_streams(
+    base: PreTrainedModel,
+    target: PreTrainedModel,
+    config: AdapterConfig,
+    *,
+    backbone: str = "target",
+    accept: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Streams:
+    """Assemble the adapter and reference streams from two loaded models (contract §2).
+
+    Args:
+        base: gives its MLPs (backbone "target") or everything (backbone "base"). With backbone
+            "target" the rest of it is not referenced afterwards; with "base" it becomes the
+            adapter stream.
+        target: becomes the reference stream; frozen and set to eval mode.
+        config: shape and activation of the adapters.
+        backbone: "target" or "base".
+        accept: differences to accept, see `pair.ACCEPTABLE`.
+        seed: of the adapters.
+
+    Raises:
+        UserError: the pair does not fit, or an architecture is not supported.
+    """
+    check_pair(base.config, target.config, backbone=backbone, accept=accept)
+    target.eval().requires_grad_(False)
+    if backbone == "base":
+        return Streams(attach(base.eval(), config, seed=seed), target)
+    hybrid = share_parameters(target)
+    donors = decoder_parts(base).layers
+    for layer, donor in zip(decoder_parts(hybrid).layers, donors, strict=True):
+        setattr(layer, MLP_NAME, getattr(donor, MLP_NAME))
+    return Streams(attach(hybrid.eval(), config, seed=seed), target)
+
+
+def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same parameters and buffers."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def graft(front: PreTrainedModel, back: PreTrainedModel, cutoff: int) -> PreTrainedModel:
+    """mixed(front, back, cutoff) of contract §3.4, as a model of its own.
+
+    The embedding and layers 0..cutoff-1 are those of `front`; the other layers, the final norm
+    and the head are those of `back`. All modules are shared; only the containers are new, so the
+    architecture's own forward runs.
+    """
+    front_parts, back_parts = decoder_parts(front), decoder_parts(back)
+    mixed = _copy_container(back)
+    decoder: nn.Module = mixed
+    *path, layers_name = back_parts.layers_name.split(".")
+    for name in path:
+        decoder._modules[name] = _copy_container(decoder.get_submodule(name))
+        decoder = decoder.get_submodule(name)
+    layers = [*front_parts.layers[:cutoff], *back_parts.layers[cutoff:]]
+    decoder._modules[layers_name] = nn.ModuleList(layers)
+    for name, child in decoder.named_children():
+        if child is back_parts.embedding:
+            decoder._modules[name] = front_parts.embedding
+    return mixed
+
+
+def _copy_container(module: Any) -> Any:
+    container = copy.copy(module)
+    container._modules = dict(module._modules)
+    return container
+
+
+def load_streams(
+    pair: PairConfig, config: AdapterConfig, *, seed: int = 0, device: str = "cpu"
+) -> Streams:
+    """Load a pair from disk or hub and assemble its streams.
+
+    Configurations and tokenizers are compared before any weight is read.
+
+    Args:
+        pair: the two models, their dtype and backbone.
+        config: shape and activation of the adapters.
+        seed: of the adapters.
+        device: where everything lives in the end.
+
+    Raises:
+        UserError: a model that cannot be read, or a pair that does not fit.
+    """
+    from transformers import AutoConfig
+
+    names = {"base": (pair.base, pair.base_revision), "target": (pair.target, pair.target_revision)}
+    configs = {
+        role: _read(f"pair.{role}", AutoConfig, name, revision)
+        for role, (name, revision) in names.items()
+    }
+    accept = tuple(pair.accept_differences)
+    check_pair(configs["base"], configs["target"], backbone=pair.backbone, accept=accept)
+    tokenizers = [load_tokenizer(name, revision) for name, revision in names.values()]
+    if tokenizers[0] is not None and tokenizers[1] is not None:
+        check_tokenizers(tokenizers[0], tokenizers[1])
+    base, target = (
+        load_model(f"pair.{role}", name, revision, pair, device)
+        for role, (name, revision) in names.items()
+    )
+    return build_streams(
+        base, target, config, backbone=pair.backbone, accept=accept, seed=seed
+    )
+
+
+def load_model(
+    field: str, name: str, revision: str | None, pair: PairConfig, device: str
+) -> PreTrainedModel:
+    """Load one causal language model in the pair's dtype.
+
+    Raises:
+        UserError: names `field` and the model that cannot be read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = pair.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    model = _read(
+        field,
+        AutoModelForCausalLM,
+        name,
+        revision,
+        dtype=getattr(torch, dtype),
+        attn_implementation=pair.attn_implementation,
+    )
+    return model.to(device)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model, or None where the model has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _read(field: str, loader: Any, name: str, revision: str | None, **options: Any) -> Any:
+    from safetensors import SafetensorError
+
+    try:
+        return loader.from_pretrained(name, revision=revision, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{field}: {name!r} cannot be loaded ({reason}); give a local model directory or a "
+            "hub id"
+        ) from None

@@ -1,0 +1,107 @@
+"""What the adapters of one forward pass did: L1, L0 and the features that fired.
+
+A recorder is opened around a forward pass and handed back to whoever opened it; nothing is left
+behind on the modules. Without one, the adapters keep no statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tca_fast.ops import AdapterOutput
+
+
+class SparsityRecorder:
+    """Statistics of every adapter that ran while it was open, by layer (contract §1.4-1.5).
+
+    Sums run over the real tokens of the pass; divide by their number for the means.
+    """
+
+    def __init__(self, token_mask: Tensor | None = None) -> None:
+        """Args: token_mask: bool, the leading dimensions of the hidden states; None is all."""
+        self.token_mask = token_mask
+        self._outputs: dict[int, AdapterOutput] = {}
+
+    def add(self, layer: int, output: AdapterOutput) -> None:
+        """Record the pass of one layer.
+
+        Raises:
+            RuntimeError: that layer already ran in this recording.
+        """
+        if layer in self._outputs:
+            raise RuntimeError(f"layer {layer} ran twice in one sparsity recording")
+        self._outputs[layer] = output
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that ran, ascending."""
+        return sorted(self._outputs)
+
+    def l1(self) -> Tensor:
+        """Decoder-norm-weighted L1 summed over tokens, [layers that ran]; differentiable."""
+        return torch.stack([self._outputs[layer].l1 for layer in self.layers])
+
+    def l0(self) -> Tensor:
+        """Active features summed over tokens, float32 [layers that ran]."""
+        totals = [self._outputs[layer].l0.sum(dtype=torch.float32) for layer in self.layers]
+        return torch.stack(totals)
+
+    def l0_by_token(self) -> Tensor:
+        """Active features of each token, int32 [layers that ran, T]; 0 for masked tokens."""
+        return torch.stack([self._outputs[layer].l0 for layer in self.layers])
+
+    def fired(self) -> Tensor:
+        """Features active in some real token, bool [layers that ran, F]."""
+        return torch.stack([self._outputs[layer].fired for layer in self.layers])
+
+
+_open: list[SparsityRecorder] = []
+
+
+@contextmanager
+def record(token_mask: Tensor | None = None) -> Iterator[SparsityRecorder]:
+    """Record the sparsity of the adapters that run inside the block.
+
+    Args:
+        token_mask: bool, one entry per token of the batch; False leaves padding out.
+    """
+    recorder = SparsityRecorder(token_mask)
+    _open.append(recorder)
+    try:
+        yield recorder
+    finally:
+        _open.remove(recorder)
+
+
+def current() -> SparsityRecorder | None:
+    """The innermost open recorder, or None."""
+    return _open[-1] if _open else None
+
+
+class FeatureAges(torch.nn.Module):
+    """How many real tokens ago each feature last fired.
+
+    Counts tokens, not sequences, and leaves padding and validation out, so that the figure means
+    the same for any batch shape (the reference counts sequences and padding: contract §1.5).
+
+    Attributes:
+        tokens: int64 buffer [L, F]; saved with the training state.
+    """
+
+    tokens: Tensor
+
+    def __init__(self, num_layers: int, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros(num_layers, num_features, dtype=torch.int64))
+
+    def update(self, fired_LF: Tensor, num_tokens: Tensor | int) -> None:
+        """Age all features by `num_tokens` and reset those that fired (bool [L, F])."""
+        self.tokens.add_(num_tokens).masked_fill_(fired_LF, 0)
+
+    def num_dead(self, after_tokens: int) -> Tensor:
+        """Features of each layer, int64 [L], that have not fired for `after_tokens` tokens."""
+        return (self.tokens >= after_tokens).sum(1)
