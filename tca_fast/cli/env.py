@@ -1,0 +1,244 @@
+"""`tca-fast env`: what is installed, what would run where, and what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+REQUIRED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "huggingface-hub",
+    "numpy",
+    "pydantic",
+    "PyYAML",
+    "typer",
+    "rich",
+    "tqdm",
+    "matplotlib",
+)
+OPTIONAL: Mapping[str, tuple[str, str, str]] = {
+    # distribution: (module, purpose, command)
+    "triton": ("triton", "Triton kernels on CUDA", "pip install triton"),
+    "deepspeed": ("deepspeed", "more than one process, ZeRO", "pip install deepspeed"),
+    "flash-attn": (
+        "flash_attn",
+        "pair.attn_implementation=flash_attention_2",
+        "pip install flash-attn --no-build-isolation",
+    ),
+    "tensorboard": ("tensorboard", "run.report_to=[tensorboard]", "pip install tensorboard"),
+    "wandb": ("wandb", "run.report_to=[wandb]", "pip install wandb"),
+    "trackio": ("trackio", "run.report_to=[trackio]", "pip install trackio"),
+}
+_TABLE_STYLE: dict[str, Any] = {
+    "box": box.SIMPLE,
+    "title_justify": "left",
+    "title_style": "bold",
+}
+EXTENSION = "tca_fast._C"
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """Which implementation of one operator runs on one kind of device, and why."""
+
+    operator: str
+    device: str
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """Something that is not there: what it would give, and the command that adds it."""
+
+    name: str
+    purpose: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Everything `tca-fast env` shows.
+
+    Attributes:
+        versions: installed version by distribution; None where it is absent.
+        machine: operating system, processor, cores, memory, threads torch uses.
+        devices: CUDA devices with memory and compute capability; empty without one.
+        operators: which backend serves each operator on each device.
+        missing: what could be added, with the command.
+    """
+
+    versions: dict[str, str | None]
+    machine: dict[str, str]
+    devices: list[str]
+    operators: list[Serving]
+    missing: list[Missing]
+
+
+def collect() -> Environment:
+    """Look at this process's environment; nothing heavy is imported but torch."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("tca_fast", *REQUIRED, *OPTIONAL):
+        versions[name] = _version(name)
+    devices = _devices()
+    operators, missing = _operators(devices), _missing(devices)
+    return Environment(versions, describe_machine(), devices, operators, missing)
+
+
+def describe_machine() -> dict[str, str]:
+    """Operating system, processor model, usable cores, memory and torch's threads."""
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    machine = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": f"{usable} usable of {os.cpu_count()}",
+        "torch threads": str(torch.get_num_threads()),
+    }
+    if memory := _memory_gib():
+        machine["memory"] = f"{memory:.1f} GiB"
+    return machine
+
+
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show versions, devices, operator backends, and what is missing."""
+    found = collect()
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    console = Console()
+    versions = {name: version or "absent" for name, version in found.versions.items()}
+    console.print(_pairs("Versions", versions))
+    devices = found.devices or ["none, computing on the CPU"]
+    console.print(_pairs("Machine", {**found.machine, "CUDA devices": "\n".join(devices)}))
+    operators = _table("Operators", "operator", "device", "backend", "why")
+    for serving in found.operators:
+        _add_row(operators, serving.operator, serving.device, serving.backend, serving.reason)
+    console.print(operators)
+    if found.missing:
+        missing = _table("Not here", "what", "needed for", "command")
+        for item in found.missing:
+            _add_row(missing, item.name, item.purpose, item.command)
+        console.print(missing)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _present(module: str) -> bool:
+    try:
+        return util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _devices() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    described = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        described.append(
+            f"cuda:{index} {device.name}, {device.total_memory / 2**30:.0f} GiB, "
+            f"compute capability {device.major}.{device.minor}"
+        )
+    return described
+
+
+def _operators(devices: list[str]) -> list[Serving]:
+    from tca_fast import ops
+
+    return [
+        Serving(operator, device, backend, _reason(device, backend, devices))
+        for operator, by_device in ops.backends().items()
+        for device, backend in by_device.items()
+    ]
+
+
+def _reason(device: str, backend: str, devices: list[str]) -> str:
+    here = device == "CPU" or bool(devices)
+    serves = "serves" if here else "would serve; no CUDA device here"
+    if backend != "reference":
+        return f"registered for {device}, so it {serves}"
+    why = "nothing faster registered" if _present(EXTENSION) else "no compiled extension installed"
+    return f"{why}, so plain PyTorch {serves}"
+
+
+def _missing(devices: list[str]) -> list[Missing]:
+    import torch
+
+    missing = [
+        Missing(name, purpose, command)
+        for name, (module, purpose, command) in OPTIONAL.items()
+        if not _present(module) and (name not in ("triton", "flash-attn") or devices)
+    ]
+    if not devices:
+        built = torch.version.cuda is not None
+        missing.append(
+            Missing(
+                "CUDA device",
+                "training at full size",
+                "none: torch is built for CUDA but sees no device; check the driver (nvidia-smi)"
+                if built
+                else "with an NVIDIA GPU: pip install --force-reinstall torch",
+            )
+        )
+    return missing
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, header_style="dim", **_TABLE_STYLE)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _pairs(title: str, pairs: Mapping[str, str]) -> Table:
+    table = Table(title=title, show_header=False, **_TABLE_STYLE)
+    for key, value in pairs.items():
+        _add_row(table, key, value)
+    return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    # Text, because rich would read "[wandb]" as markup.
+    table.add_row(*(Text(cell) for cell in cells))
