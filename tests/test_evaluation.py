@@ -344,7 +344,7 @@ def test_report_files_are_whole_and_load_nothing_from_outside(tmp_path) -> None:
 
 def test_an_unwritable_directory_is_a_user_error(tmp_path) -> None:
     (tmp_path / "file").write_text("here")
-    with pytest.raises(UserError, match="out: .*file.* cannot be written"):
+    with pytest.raises(UserError, match="file.*cannot be written.*directory, not a file"):
         write_report(sample_report(), tmp_path / "file")
 
 

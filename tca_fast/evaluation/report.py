@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
 from tca_fast.evaluation.faithfulness import Faithfulness
 from tca_fast.evaluation.reasoning import Reasoning
@@ -129,8 +130,8 @@ def results(report: RunReport) -> dict[str, Any]:
 def write_report(report: RunReport, directory: str | Path) -> dict[str, Path]:
     """Write `report.html`, `results.json`, `figure.png` and `figure.svg`, and read them back.
 
-    A file appears under its name only once it is whole, so a full disk leaves an older report as
-    it was.
+    The files replace older ones together, once all are whole; a full disk leaves those as they
+    were.
 
     Returns:
         The paths by file name.
@@ -146,27 +147,17 @@ def write_report(report: RunReport, directory: str | Path) -> dict[str, Path]:
         **figure_files(report),
         "report.html": render_page(report).encode(),
     }
-    directory = Path(directory)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        return {name: _write(directory / name, content) for name, content in contents.items()}
-    except OSError as error:
-        raise UserError(
-            f"out: {directory} cannot be written ({error.strerror or error}); free some space or "
-            "choose another directory with --out"
-        ) from None
+    with Replacement(directory) as files:
+        for name, content in contents.items():
+            files.write(name, partial(_write, content))
+        files.commit()
+    return {name: Path(directory) / name for name in contents}
 
 
-def _write(path: Path, content: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        if partial.read_bytes() != content:
-            raise UserError(f"out: {path} reads back different from what was written; check disk")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
+def _write(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+    if path.read_bytes() != content:
+        raise UserError(f"{path}: reads back different from what was written; check the disk")
 
 
 def _model_figures(model: ModelResult) -> dict[str, Any]:
