@@ -1,0 +1,70 @@
+"""Recognise the model that adapters were trained beside by a few of its weights.
+
+Adapters fit one set of MLPs inside one backbone, and a wrong base model gives plausible but
+wrong results without any error (ecosystem §1, rows 8 and 9), so a checkpoint keeps these hashes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tca_fast.adapter import AdaptedMLP
+from tca_fast.attachment import MLP_NAME, decoder_parts
+from tca_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NUM_ROWS = 64
+_SMALLEST_NORMAL_HALF = 2.0**-14
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Short hashes of the weights that adapters were trained beside.
+
+    Attributes:
+        mlp: of the MLPs of the first and last decoder layer.
+        rest: of everything else in those two layers.
+    """
+
+    mlp: str
+    rest: str
+
+
+def fingerprint(model: PreTrainedModel) -> Fingerprint:
+    """Hash some rows of every weight of the first and last decoder layer.
+
+    Weights are rounded to bfloat16 and those too small for float16 are taken as zero, so the
+    hash of a released checkpoint does not depend on the dtype it was loaded in. Adapters do not
+    count. It costs milliseconds: at most 64 evenly spaced rows per weight are read.
+    """
+    layers = decoder_parts(model).layers
+    mlp, rest = hashlib.sha256(), hashlib.sha256()
+    for layer in (layers[0], layers[len(layers) - 1]):
+        wrapped = getattr(layer, MLP_NAME)
+        frozen = wrapped.mlp if isinstance(wrapped, AdaptedMLP) else wrapped
+        in_mlp = {id(parameter) for parameter in wrapped.parameters()}
+        _hash_weights(mlp, sorted(frozen.named_parameters()))
+        others = [item for item in layer.named_parameters() if id(item[1]) not in in_mlp]
+        _hash_weights(rest, sorted(others))
+    return Fingerprint(mlp.hexdigest()[:16], rest.hexdigest()[:16])
+
+
+def _hash_weights(digest: Any, weights: list[tuple[str, nn.Parameter]]) -> None:
+    for name, weight in weights:
+        if weight.numel() == 0:
+            raise UserError(
+                f"fingerprint: {name} holds no values here (partitioned by ZeRO-3?); take the "
+                "fingerprint before partitioning and pass it in Provenance"
+            )
+        stride = -(-len(weight) // _NUM_ROWS)
+        rows = weight.detach()[::stride].cpu().float()
+        rows = torch.where(rows.abs() < _SMALLEST_NORMAL_HALF, 0.0, rows).to(torch.bfloat16)
+        digest.update(str(tuple(weight.shape)).encode())
+        digest.update(rows.contiguous().view(torch.int16).numpy().tobytes())

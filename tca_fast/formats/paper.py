@@ -1,0 +1,236 @@
+"""The checkpoints released with the paper: a whole Qwen2 model, adapters included (contract §1.7).
+
+    model.layers.{i}.mlp.transcoder_enc.weight [F, D]    .bias [F]
+    model.layers.{i}.mlp.transcoder_dec.weight [D, F]    .bias [D], only with decoder bias
+
+Everything else in the directory is a stock Qwen2 checkpoint, in one safetensors file or in shards
+with an index. `AutoModelForCausalLM` accepts such a directory and silently drops the adapters.
+
+Shapes: F features per layer, D model width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tca_fast.attachment import AdaptedModel, attach
+from tca_fast.config import AdapterConfig
+from tca_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ARCHITECTURE = "Qwen2ForCausalLMWithTranscoder"
+_WEIGHTS_NAME = "model.safetensors"
+_INDEX_NAME = "model.safetensors.index.json"
+_SUFFIXES = {
+    "W_enc": "transcoder_enc.weight",
+    "b_enc": "transcoder_enc.bias",
+    "W_dec": "transcoder_dec.weight",
+    "b_dec": "transcoder_dec.bias",
+}
+_NAMES = {suffix: name for name, suffix in _SUFFIXES.items()}
+_KEY = re.compile(r"model\.layers\.(\d+)\.mlp\.(" + "|".join(map(re.escape, _NAMES)) + ")")
+
+
+def tensor_name(layer: int, name: str) -> str:
+    """The paper's key of our tensor `name` ("W_enc", "b_enc", "W_dec" or "b_dec") of a layer."""
+    return f"model.layers.{layer}.mlp.{_SUFFIXES[name]}"
+
+
+def to_paper(name: str, tensor: Tensor) -> Tensor:
+    """One of our tensors, or its gradient, as the paper lays it out: the decoder is [D, F]."""
+    return tensor.T if name == "W_dec" else tensor
+
+
+def read_paper_checkpoint(
+    directory: str | Path,
+) -> tuple[AdapterConfig, dict[int, dict[str, Tensor]]]:
+    """Read the adapters of a released checkpoint.
+
+    Returns:
+        The configuration, and by layer index `W_enc [F, D]`, `b_enc [F]`, `W_dec [F, D]`
+        (transposed from the file) and, with decoder bias, `b_dec [D]`, in the dtype of the file.
+
+    Raises:
+        UserError: not such a directory, unreadable or truncated files, adapter tensors missing
+            or misshapen.
+    """
+    directory = Path(directory)
+    raw = _read_config(directory)
+    tensors = _read_tensors(directory, lambda key: _KEY.fullmatch(key) is not None)
+    return _adapter_config(raw), _adapter_layers(raw, tensors, directory)
+
+
+def load_paper_checkpoint(
+    directory: str | Path, *, dtype: torch.dtype | None = None
+) -> AdaptedModel:
+    """Build the Qwen2 model of a released checkpoint and attach its adapters.
+
+    Every tensor of the directory is used: a backbone tensor that the model lacks, or the other
+    way round, is an error.
+
+    Args:
+        directory: holds `config.json` and safetensors.
+        dtype: of the backbone; None is the dtype that `config.json` names. Adapters keep the
+            dtype of the file.
+
+    Raises:
+        UserError: as `read_paper_checkpoint`, or a backbone that does not fit its configuration.
+    """
+    directory = Path(directory)
+    raw = _read_config(directory)
+    tensors = _read_tensors(directory, lambda key: True)
+    layers = _adapter_layers(raw, tensors, directory)
+    backbone = {key: tensor for key, tensor in tensors.items() if not _KEY.fullmatch(key)}
+    model = _build_backbone(directory, backbone, dtype)
+    adapted = attach(model, _adapter_config(raw), dtype=layers[0]["W_enc"].dtype)
+    with torch.no_grad():
+        for index, adapter in enumerate(adapted.layers):
+            for name, parameter in adapter.named_parameters():
+                parameter.copy_(layers[index][name])
+    return adapted
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"directory: {directory} has no config.json; give a directory with config.json and "
+            f"{_WEIGHTS_NAME} in the paper's format"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
+    if not isinstance(config, dict) or config.get("model_type") != "qwen2":
+        raise UserError(f"{path}: model_type is not 'qwen2'; the paper's checkpoints are Qwen2")
+    for key, kind in (("transcoder_n_features", int), ("transcoder_dec_bias", bool)):
+        if not isinstance(config.get(key), kind):
+            remedy = "give a checkpoint with adapters (for a plain model, use attach)"
+            if (directory / "adapter_config.json").exists():
+                remedy = "this is a tca_fast adapter, use tca_fast.load"
+            raise UserError(f"{path}: {key} is {config.get(key)!r}; {remedy}")
+    return config
+
+
+def _adapter_config(raw: dict[str, Any]) -> AdapterConfig:
+    return AdapterConfig(
+        num_features=raw["transcoder_n_features"],
+        activation="relu",
+        k=None,
+        decoder_bias=raw["transcoder_dec_bias"],
+    )
+
+
+def _read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The wanted tensors of the one file or of all shards of a checkpoint."""
+    from safetensors import SafetensorError, safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for path, keys in _weight_files(directory).items():
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = set(file.keys())
+                if keys is not None and found != keys:
+                    raise UserError(
+                        f"{path}: differs from {_INDEX_NAME} in {sorted(found ^ keys)[0]}; the "
+                        "shards are not of one checkpoint"
+                    )
+                tensors |= {key: file.get_tensor(key) for key in found if wanted(key)}
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path}: not a whole safetensors file ({error}); copy or download it again"
+            ) from None
+    return tensors
+
+
+def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
+    """Files to read, each with the keys that the index promises (None without an index)."""
+    index = directory / _INDEX_NAME
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: not a weight index ({error}); copy it again") from None
+        return {
+            directory / Path(name).name: {key for key, file in weight_map.items() if file == name}
+            for name in names
+        }
+    path = directory / _WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(
+            f"directory: {directory} has neither {_WEIGHTS_NAME} nor {_INDEX_NAME}; give a whole "
+            "checkpoint"
+        )
+    return {path: None}
+
+
+def _adapter_layers(
+    raw: dict[str, Any], tensors: dict[str, Tensor], directory: Path
+) -> dict[int, dict[str, Tensor]]:
+    """Adapter tensors by layer, in our layout, after every name and shape was checked."""
+    features, width = raw["transcoder_n_features"], raw["hidden_size"]
+    shapes = {"W_enc": [features, width], "b_enc": [features], "W_dec": [width, features]}
+    if raw["transcoder_dec_bias"]:
+        shapes["b_dec"] = [width]
+    expected = {
+        tensor_name(layer, name): shape
+        for layer in range(raw["num_hidden_layers"])
+        for name, shape in shapes.items()
+    }
+    found = {key: list(tensor.shape) for key, tensor in tensors.items() if "transcoder" in key}
+    wrong = [key for key in expected | found if expected.get(key) != found.get(key)]
+    if wrong:
+        key = wrong[0]
+        raise UserError(
+            f"{directory}: {key} has shape {found.get(key, 'missing')}, config.json calls for "
+            f"{expected.get(key, 'no such tensor')}"
+            f"{f', and {len(wrong) - 1} more tensors differ' if len(wrong) > 1 else ''}; give a "
+            "whole checkpoint in the paper's format"
+        )
+    layers: dict[int, dict[str, Tensor]] = {}
+    for key in expected:
+        layer, suffix = re.fullmatch(_KEY, key).groups()  # type: ignore[union-attr]
+        tensor = tensors[key]
+        name = _NAMES[suffix]
+        own = tensor.T.contiguous() if name == "W_dec" else tensor
+        layers.setdefault(int(layer), {})[name] = own
+    return layers
+
+
+def _build_backbone(
+    directory: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """A plain Qwen2 model with exactly these tensors."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config.from_pretrained(directory)
+    config.architectures = ["Qwen2ForCausalLM"]
+    for key in ("transcoder_n_features", "transcoder_dec_bias"):
+        delattr(config, key)
+    model, report = Qwen2ForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype or config.dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        keys = sorted(str(key) for key in report[kind])
+        if keys:
+            raise UserError(
+                f"{directory}: backbone has {kind.replace('_', ' ')}: {', '.join(keys[:4])}"
+                f"{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}; config.json and weights "
+                "are not of one checkpoint"
+            )
+    return model.eval()

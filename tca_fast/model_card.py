@@ -1,0 +1,75 @@
+"""The README.md of an adapter checkpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tca_fast.attachment import AdaptedModel
+    from tca_fast.checkpoint import Provenance
+
+_CARD = """\
+---
+{front}
+---
+
+# Transcoder adapters
+
+Sparse branches beside the MLPs of a language model that make up for the difference between a base
+model's MLPs and its fine-tuned sibling's. This directory holds the adapters only.
+
+| | |
+|---|---|
+| base (gives the MLPs) | {base}, revision {base_revision} |
+| target (imitated) | {target}, revision {target_revision} |
+| backbone (gives everything else) | {backbone} |
+| decoder layers, model width | {layers}, {width} |
+| features per layer | {features} |
+| activation | {activation} |
+| decoder bias | {decoder_bias} |
+
+The adapters attach to {model}:
+
+```python
+import tca_fast
+
+adapted = tca_fast.load(model, "path/to/this/directory")
+with adapted.disabled():
+    ...  # the model without adapters
+```
+"""
+
+
+def model_card(adapted: AdaptedModel, provenance: Provenance) -> str:
+    """Model card in the hub's form: front matter, what was trained, how to load it."""
+    config = adapted.config
+    base, target = provenance.base or "not recorded", provenance.target or "not recorded"
+    hub_id = provenance.target if provenance.backbone == "target" else provenance.base
+    front = ["library_name: tca_fast", "tags: [transcoder-adapter, interpretability]"]
+    if hub_id and re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id) and not Path(hub_id).exists():
+        front.insert(0, f"base_model: {hub_id}")
+    activation = config.activation if config.k is None else f"{config.activation}, k = {config.k}"
+    return _CARD.format(
+        front="\n".join(front),
+        base=base,
+        base_revision=provenance.base_revision or "default",
+        target=target,
+        target_revision=provenance.target_revision or "default",
+        backbone=provenance.backbone,
+        layers=len(adapted.layers),
+        features=config.num_features,
+        width=adapted.layers[0].W_enc.shape[1],
+        activation=activation,
+        decoder_bias="yes" if config.decoder_bias else "no",
+        model=model_to_load(provenance),
+    )
+
+
+def model_to_load(provenance: Provenance) -> str:
+    """The model that the adapters attach to, in words."""
+    base, target = provenance.base or "the base model", provenance.target or "the target model"
+    if provenance.backbone == "base":
+        return base
+    return f"the hybrid, which is {target} with the MLPs of {base}"
