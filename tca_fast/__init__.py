@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tca_fast.adapter import AdaptedMLP, TranscoderAdapter
-    from tca_fast.attach import AdaptedModel, attach, detach
+    from tca_fast.attachment import AdaptedModel, attach, detach
     from tca_fast.checkpoint import load
     from tca_fast.config import AdapterConfig
     from tca_fast.errors import UserError
@@ -19,12 +19,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "ActiveFeatures": "ops",
     "AdaptedMLP": "adapter",
-    "AdaptedModel": "attach",
+    "AdaptedModel": "attachment",
     "AdapterConfig": "config",
     "TranscoderAdapter": "adapter",
     "UserError": "errors",
-    "attach": "attach",
-    "detach": "attach",
+    "attach": "attachment",
+    "detach": "attachment",
     "load": "checkpoint",
 }
 

@@ -94,9 +94,7 @@ class TranscoderAdapter(nn.Module):
 
     def encode(self, x: Tensor) -> ActiveFeatures:
         """Active features of `x` [..., D], before any gain."""
-        return ops.encode(
-            x, self.W_enc.to(x.dtype), self.b_enc.to(x.dtype), k=self.config.k
-        )
+        return ops.encode(x, self.W_enc.to(x.dtype), self.b_enc.to(x.dtype), k=self.config.k)
 
     def decode(self, active: ActiveFeatures) -> Tensor:
         """What the branch adds for the given features, [T, D], with the gain applied."""

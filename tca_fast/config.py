@@ -33,9 +33,9 @@ class AdapterConfig(_Config):
         decoder_bias: whether the decoder adds a bias `b_dec [D]`.
     """
 
-    num_features: int = Field(8192, ge=1)
+    num_features: int = Field(default=8192, ge=1)
     activation: Literal["relu", "topk"] = "relu"
-    k: int | None = Field(None, ge=1)
+    k: int | None = Field(default=None, ge=1)
     decoder_bias: bool = True
 
     def __init__(self, **values: Any) -> None:
@@ -92,11 +92,11 @@ class ObjectiveConfig(_Config):
         loss: "kl" trains on KL to the target and logs the LM loss; "lm" swaps the roles.
     """
 
-    lambda_adapt: float = Field(1.0, ge=0)
-    l1_weight: float = Field(0.001, ge=0)
-    lambda_nmse: float = Field(1.0, ge=0)
-    lambda_bridge: float = Field(2.0, ge=0)
-    num_cutoffs: int = Field(1, ge=0)
+    lambda_adapt: float = Field(default=1.0, ge=0)
+    l1_weight: float = Field(default=0.001, ge=0)
+    lambda_nmse: float = Field(default=1.0, ge=0)
+    lambda_bridge: float = Field(default=2.0, ge=0)
+    num_cutoffs: int = Field(default=1, ge=0)
     cutoffs: Literal["uniform"] | list[int] = "uniform"
     loss: Literal["kl", "lm"] = "kl"
 
@@ -119,23 +119,23 @@ class DataConfig(_Config):
     train: str
     validation: str | None = None
     format: Literal["deepseek", "qwen", "chat"] = "deepseek"
-    max_length: int = Field(10000, ge=2)
+    max_length: int = Field(default=10000, ge=2)
     truncate: bool = True
     loss_on_prompt: bool = True
     append_eos: bool = False
     bad_lines: Literal["error", "skip"] = "error"
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(default=0, ge=0)
 
 
 class OptimizerConfig(_Config):
     """AdamW with linear warm-up and cosine decay to zero (contract §3.7)."""
 
-    learning_rate: float = Field(8e-4, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(default=8e-4, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
-    max_grad_norm: float = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
 
 
 class RunConfig(_Config):
@@ -161,17 +161,17 @@ class RunConfig(_Config):
 
     output_dir: str
     seed: int = 42
-    num_epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1)
-    train_batch_size: int = Field(1, ge=1)
-    per_device_train_batch_size: int = Field(1, ge=1)
+    num_epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    train_batch_size: int = Field(default=1, ge=1)
+    per_device_train_batch_size: int = Field(default=1, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    logging_steps: int = Field(1, ge=1)
-    eval_steps: int = Field(1000, ge=0)
-    eval_samples: int = Field(100, ge=1)
-    save_steps: int = Field(1000, ge=0)
-    save_total_limit: int = Field(2, ge=1)
-    dead_after_tokens: int = Field(1_000_000, ge=1)
+    logging_steps: int = Field(default=1, ge=1)
+    eval_steps: int = Field(default=1000, ge=0)
+    eval_samples: int = Field(default=100, ge=1)
+    save_steps: int = Field(default=1000, ge=0)
+    save_total_limit: int = Field(default=2, ge=1)
+    dead_after_tokens: int = Field(default=1_000_000, ge=1)
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     run_name: str | None = None
     resume_from_checkpoint: str | None = None
@@ -209,7 +209,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     except IsADirectoryError:
         raise UserError(f"config: {path} is a directory; give a YAML file") from None
     except (UnicodeDecodeError, PermissionError) as error:
-        raise UserError(f"config: {path} cannot be read ({error}); give a UTF-8 YAML file") from None
+        raise UserError(
+            f"config: {path} cannot be read ({error}); give a UTF-8 YAML file"
+        ) from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"config: {path} is not valid YAML ({reason}); mend that line") from None

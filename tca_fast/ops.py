@@ -10,7 +10,7 @@ Shapes: T tokens, D model width, F features, C capacity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -265,6 +265,8 @@ def _tokens(name: str, tensor: Tensor, width: int) -> Tensor:
             f"{name}: shape {tuple(tensor.shape)} does not end in the model width {width} of "
             f"the weights; pass [..., {width}]"
         )
+    if not tensor.is_floating_point():
+        raise UserError(f"{name}: {tensor.dtype}, expected a floating-point dtype")
     return tensor.reshape(-1, width)
 
 
@@ -283,8 +285,6 @@ def _check(name: str, tensor: Tensor | None, shape: Sequence[int], like: Tensor)
 def _check_encoder(x_TD: Tensor, W_enc: Tensor, b_enc: Tensor, k: int | None) -> None:
     if W_enc.dim() != 2:
         raise UserError(f"W_enc: shape {tuple(W_enc.shape)}, expected [features, model width]")
-    if not x_TD.is_floating_point():
-        raise UserError(f"x: {x_TD.dtype}, expected a floating-point dtype")
     _check("W_enc", W_enc, (W_enc.shape[0], x_TD.shape[1]), x_TD)
     _check("b_enc", b_enc, (W_enc.shape[0],), x_TD)
     if k is not None and not 1 <= k <= W_enc.shape[0]:
@@ -428,7 +428,7 @@ def _sum_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "encode": _fake_encode,
     "encode_backward": _fake_encode_backward,
     "decode": _fake_decode,
@@ -436,7 +436,7 @@ _FAKES = {
     "adapter": _fake_adapter,
     "adapter_backward": _fake_adapter_backward,
 }
-_GRADIENTS = {
+_GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "encode": (_grad_encode, _save_encode),
     "decode": (_grad_decode, _save_decode),
     "adapter": (_grad_adapter, _save_adapter),

@@ -62,9 +62,7 @@ def unpack(row_ptr: Tensor, feature: Tensor, value: Tensor, num_features: int) -
     return dense
 
 
-def encode(
-    x_TD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int | None, capacity: int
-) -> Packed:
+def encode(x_TD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int | None, capacity: int) -> Packed:
     """Active features of every token as (value, row_ptr, feature); `value` has the gradient."""
     row_ptr, feature, value = pack(features(x_TD, W_enc_FD, b_enc_F, k), capacity)
     return value, row_ptr, feature
@@ -104,7 +102,10 @@ def decode_backward(
     W_dec_FD: Tensor,
     gain_F: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients (dvalue [C], dW_dec [F,D]): da_tf = g_f·⟨dy_t, W_dec[f]⟩, dW_dec[f] = Σ_t g·a·dy_t."""
+    """Gradients (dvalue [C], dW_dec [F,D]) of `decode`.
+
+    da_tf = g_f·⟨dy_t, W_dec[f]⟩ and dW_dec[f] = Σ_t g_f·a_tf·dy_t, over active pairs only.
+    """
     dtype = _compute_dtype(value)
     token, entries = _entries(row_ptr, feature)
     index = feature[:entries].long()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tca_fast import losses
-from tca_fast.attach import residual_states
+from tca_fast.attachment import residual_states
 from tca_fast.bridging.streams import Streams, graft
 from tca_fast.config import ObjectiveConfig
 from tca_fast.errors import UserError
@@ -157,9 +157,7 @@ class BridgingObjective(nn.Module):
         return values
 
 
-def sample_cutoffs(
-    config: ObjectiveConfig, num_layers: int, *, seed: int, step: int
-) -> list[int]:
+def sample_cutoffs(config: ObjectiveConfig, num_layers: int, *, seed: int, step: int) -> list[int]:
     """The cutoffs of one optimizer step: equal on all ranks and after a resume.
 
     Args:

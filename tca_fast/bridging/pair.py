@@ -19,6 +19,7 @@ _FIELDS = {
     "hidden_act": "the MLPs compute different functions",
     "vocab_size": "the two models' logits cannot be compared",
     "rope_parameters": "attention of the two models rotates differently",
+    "layer_types": "attention of the two models sees different windows",
     "tie_word_embeddings": "one model's head is its embedding, the other's is not",
 }
 
@@ -46,18 +47,18 @@ def check_pair(
         UserError: names the first field that differs, and both values.
     """
     for field, consequence in _FIELDS.items():
-        ours, theirs = _setting(base, field), _setting(target, field)
-        if ours == theirs or (field in accept and backbone == "target"):
-            continue
-        remedy = "choose a base and a target of one family and size"
-        if field in ACCEPTABLE and backbone == "target":
-            remedy += (
-                f", or add {field} to pair.accept_differences to use the target's value throughout"
+        for setting, ours, theirs in _differences(field, base, target):
+            if field in accept and backbone == "target":
+                continue
+            remedy = "choose a base and a target of one family and size"
+            if field in ACCEPTABLE and backbone == "target":
+                remedy += (
+                    f", or add {field} to pair.accept_differences to use the target's throughout"
+                )
+            raise UserError(
+                f"pair: {setting} is {ours!r} in the base and {theirs!r} in the target, so "
+                f"{consequence}; {remedy}"
             )
-        raise UserError(
-            f"pair: {field} is {ours!r} in the base and {theirs!r} in the target, so "
-            f"{consequence}; {remedy}"
-        )
 
 
 def check_tokenizers(base: PreTrainedTokenizerBase, target: PreTrainedTokenizerBase) -> None:
@@ -82,8 +83,16 @@ def _ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token: i for token, i in tokenizer.get_vocab().items() if token not in added}
 
 
-def _setting(config: PretrainedConfig, field: str) -> Any:
-    value = getattr(config, field, None)
-    if field == "rope_parameters" and isinstance(value, dict):
-        return {key: value[key] for key in sorted(value) if value[key] is not None}
-    return value
+def _differences(
+    field: str, base: PretrainedConfig, target: PretrainedConfig
+) -> list[tuple[str, Any, Any]]:
+    """(setting, base's value, target's value) wherever the two differ in a field."""
+    ours, theirs = getattr(base, field, None), getattr(target, field, None)
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        settings = [
+            (f"{field}.{key}", ours.get(key), theirs.get(key))
+            for key in sorted(ours.keys() | theirs.keys())
+        ]
+    else:
+        settings = [(field, ours, theirs)]
+    return [setting for setting in settings if setting[1] != setting[2]]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from tca_fast.attach import MLP_NAME, AdaptedModel, attach, decoder_parts
+from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
 from tca_fast.bridging.pair import check_pair, check_tokenizers
 from tca_fast.config import AdapterConfig, PairConfig
 from tca_fast.errors import UserError
@@ -140,9 +140,7 @@ def load_streams(
         load_model(f"pair.{role}", name, revision, pair, device)
         for role, (name, revision) in names.items()
     )
-    return build_streams(
-        base, target, config, backbone=pair.backbone, accept=accept, seed=seed
-    )
+    return build_streams(base, target, config, backbone=pair.backbone, accept=accept, seed=seed)
 
 
 def load_model(

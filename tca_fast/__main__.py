@@ -1,0 +1,5 @@
+"""`python -m tca_fast` is `tca-fast`."""
+
+from tca_fast.cli import main
+
+main()

@@ -1,0 +1,235 @@
+"""Operators against dense autograd, and against torch's own checks."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import dense_adapter
+
+from tca_fast import ops
+from tca_fast.errors import UserError
+
+T, D, F = 7, 5, 11
+
+
+def weights(T=T, D=D, F=F, dtype=torch.float64, seed=0, grad=True):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(T, D), (T, D), (F, D), (F,), (F, D), (D,)]
+    tensors = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
+    return [tensor.to(dtype).requires_grad_(grad) for tensor in tensors]
+
+
+def gradients(outputs, inputs, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [
+        torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs
+    ]
+    grads = torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
+    return [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)]
+
+
+def assert_as_good_as(ours, eager, truth):
+    """Our error is at most twice that of eager PyTorch in the same dtype, plus a floor."""
+    for a, b, c in zip(ours, eager, truth, strict=True):
+        assert a.shape == c.shape
+        if not c.numel():
+            continue
+        scale = c.abs().max().clamp(min=1)
+        floor = 4 * torch.finfo(a.dtype).eps * scale
+        allowed = 2 * (b.double() - c).abs().max() + floor
+        assert (a.double() - c).abs().max() <= allowed
+
+
+@st.composite
+def cases(draw):
+    shape = {
+        "T": draw(st.sampled_from([0, 1, 2, 9])),
+        "D": draw(st.sampled_from([1, 3, 8])),
+        "F": draw(st.sampled_from([1, 4, 17])),
+    }
+    return {
+        "shape": shape,
+        "k": draw(st.none() | st.integers(1, shape["F"])),
+        "bias_shift": draw(st.sampled_from([-9.0, -1.0, 0.0, 9.0])),  # empty, sparse, half, full
+        "mask": draw(st.none() | st.lists(st.booleans(), min_size=9, max_size=9)),
+        "gain": draw(st.sampled_from([None, 0.0, 1.0, -2.5])),
+        "decoder_bias": draw(st.booleans()),
+        "zero_decoder": draw(st.booleans()),
+        "quantised": draw(st.booleans()),  # makes ties
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
+        "seed": draw(st.integers(0, 10**6)),
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_adapter_equals_dense_autograd(case):
+    """Values and every gradient, at any density, mask, gain, dtype and T, with ties and T = 0."""
+    dtype = case["dtype"]
+    tensors = weights(**case["shape"], seed=case["seed"], grad=False)
+    tensors[3] += case["bias_shift"]
+    if case["quantised"]:
+        tensors = [tensor.round() for tensor in tensors]
+    if case["zero_decoder"]:
+        tensors[4] = torch.zeros_like(tensors[4])
+    if not case["decoder_bias"]:
+        tensors[5] = None
+    tensors = [None if t is None else t.to(dtype) for t in tensors]
+    k = case["k"]
+    if k is not None and dtype == torch.bfloat16:
+        k = None  # rounding may reorder near-ties: both orders are right
+    num_tokens, num_features = case["shape"]["T"], case["shape"]["F"]
+    mask = None if case["mask"] is None else torch.tensor(case["mask"][:num_tokens]).bool()
+    gain = None if case["gain"] is None else torch.full((num_features,), case["gain"], dtype=dtype)
+
+    def run(function, dtype):
+        inputs = [None if t is None else t.detach().to(dtype).requires_grad_(True) for t in tensors]
+        cast = None if gain is None else gain.to(dtype)
+        y, l1 = function(inputs, cast)
+        live = [i for i in inputs if i is not None]
+        return [y, l1, *gradients([y, l1], live)]
+
+    def ours(inputs, gain):
+        output = ops.adapter(*inputs, k=k, gain=gain, token_mask=mask)
+        return output.y, output.l1
+
+    def dense(inputs, gain):
+        return dense_adapter(*inputs, k=k, gain=gain, mask=mask)[:2]
+
+    assert_as_good_as(run(ours, dtype), run(dense, dtype), run(dense, torch.float64))
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_statistics(k):
+    x, mlp_out, W_enc, b_enc, W_dec, b_dec = weights(grad=False)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1, 1]).bool()
+    output = ops.adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=k, token_mask=mask)
+    features = dense_adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=k)[2]
+    assert torch.equal(output.l0, (features > 0).sum(1, dtype=torch.int32) * mask)
+    assert output.fired.tolist() == (features[mask] > 0).any(0).tolist()
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("capacity", [T * F, 2], ids=["fits", "overflows"])
+def test_gradcheck_and_opcheck(k, capacity):
+    """The overflow path recomputes in the backward and must have the same gradients."""
+    tensors = weights()
+    gain, mask = torch.randn(F, dtype=torch.float64), torch.arange(T) % 3 > 0
+    adapter = torch.ops.tca_fast.adapter
+    assert torch.autograd.gradcheck(lambda *a: adapter(*a, gain, mask, k, capacity)[:2], tensors)
+    torch.library.opcheck(adapter.default, (*tensors, gain, mask, k, capacity))
+    torch.library.opcheck(adapter.default, (*tensors[:5], None, None, None, k, capacity))
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_gradcheck_and_opcheck_of_encode_and_decode(k):
+    x, _, W_enc, b_enc, W_dec, b_dec = weights()
+    encode, decode = torch.ops.tca_fast.encode, torch.ops.tca_fast.decode
+    capacity = T * F
+    assert torch.autograd.gradcheck(lambda *a: encode(*a, k, capacity)[0], (x, W_enc, b_enc))
+    torch.library.opcheck(encode.default, (x, W_enc, b_enc, k, capacity))
+    value, row_ptr, feature = encode(x, W_enc, b_enc, k, capacity)
+    value, gain = value.detach().requires_grad_(), torch.randn(F, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda v, W, b: decode(row_ptr, feature, v, W, b, gain), (value, W_dec, b_dec)
+    )
+    torch.library.opcheck(decode.default, (row_ptr, feature, value, W_dec, b_dec, gain))
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_encode_then_decode_is_the_adapter(k):
+    x, mlp_out, W_enc, b_enc, W_dec, b_dec = weights(grad=False)
+    active = ops.encode(x, W_enc, b_enc, k=k)
+    assert torch.equal(active.counts(), (active.to_dense() > 0).sum(1))
+    fused = ops.adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=k).y
+    torch.testing.assert_close(mlp_out + ops.decode(active, W_dec, b_dec), fused)
+
+
+def test_compiles_without_graph_breaks():
+    tensors = weights(dtype=torch.float32)
+
+    def function(x, mlp_out, W_enc, b_enc, W_dec, b_dec):
+        output = ops.adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=3)
+        active = ops.encode(x, W_enc, b_enc)
+        return output.y.square().sum() + output.l1 + ops.decode(active, W_dec).square().sum()
+
+    eager = gradients([function(*tensors)], tensors)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients([compiled(*tensors)], tensors), eager, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_ablating_a_feature_subtracts_exactly_its_row():
+    x, mlp_out, W_enc, b_enc, W_dec, b_dec = weights(grad=False)
+    features = ops.encode(x, W_enc, b_enc).to_dense()
+    gain = torch.ones(F, dtype=torch.float64)
+    gain[4] = 0
+    whole = ops.adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec).y
+    ablated = ops.adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec, gain=gain).y
+    torch.testing.assert_close(whole - ablated, features[:, 4:5] * W_dec[4])
+
+
+def test_nan_is_not_hidden():
+    """A NaN in the input is active, reaches the output and the L1, in its own row only."""
+    x, mlp_out, W_enc, b_enc, W_dec, b_dec = weights(grad=False)
+    x[2, 0] = torch.nan
+    output = ops.adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec)
+    assert output.y[2].isnan().all() and output.l1.isnan() and output.l0[2] == F
+    assert not output.y[[0, 1, 3, 4, 5, 6]].isnan().any()
+
+
+def test_ties_go_to_the_lowest_index():
+    x = torch.ones(1, 1)
+    W_enc, b_enc = torch.tensor([[1.0], [2.0], [2.0], [2.0], [0.5]]), torch.zeros(5)
+    active = ops.encode(x, W_enc, b_enc, k=2).trim()
+    assert active.feature.tolist() == [1, 2]
+
+
+def test_dense_round_trip():
+    dense = torch.tensor([[0.0, 1.5, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, -1.0]])
+    active = ops.ActiveFeatures.from_dense(dense)
+    assert active.row_ptr.tolist() == [0, 1, 1, 3]
+    assert active.feature.tolist() == [1, 0, 2]
+    assert active.tokens().tolist() == [0, 2, 2]
+    assert torch.equal(active.to_dense(), dense)
+
+
+def test_overflowed_features_are_refused_not_dropped():
+    x, _, W_enc, b_enc, W_dec, _ = weights(grad=False)
+    value, row_ptr, feature = torch.ops.tca_fast.encode(x, W_enc, b_enc, None, 3)
+    with pytest.raises(ValueError, match="capacity of 3"):
+        ops.decode(ops.ActiveFeatures(row_ptr, feature, value, F), W_dec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(T, D + 1)}, "x: shape"),
+        ({"x": torch.zeros(T, D, dtype=torch.int64)}, "x: torch.int64"),
+        ({"mlp_out": torch.zeros(T + 1, D)}, "mlp_out: shape"),
+        ({"mlp_out": torch.zeros(T, D, dtype=torch.float64)}, "mlp_out: torch.float64"),
+        ({"W_enc": torch.zeros(F, D, 1)}, "W_enc: shape|x: shape"),
+        ({"b_enc": torch.zeros(F + 1)}, "b_enc: shape"),
+        ({"W_dec": torch.zeros(D, F)}, "W_dec: shape"),
+        ({"b_dec": torch.zeros(F)}, "b_dec: shape"),
+        ({"gain": torch.ones(D)}, "gain: shape"),
+        ({"gain": torch.ones(F, requires_grad=True)}, "gain: requires_grad"),
+        ({"token_mask": torch.ones(T)}, "token_mask: torch.float32"),
+        ({"token_mask": torch.ones(T + 1).bool()}, "token_mask: torch.bool of shape"),
+        ({"k": 0}, "k: 0 is outside"),
+        ({"k": -1}, "k: -1 is outside"),
+        ({"k": F + 1}, f"k: {F + 1} is outside"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    names = ["x", "mlp_out", "W_enc", "b_enc", "W_dec", "b_dec"]
+    tensors = weights(dtype=torch.float32, grad=False)
+    arguments = {**dict(zip(names, tensors, strict=True)), **change}
+    with pytest.raises(UserError, match=message):
+        ops.adapter(**arguments)
+
+
+def test_every_operator_has_a_backend_on_every_device():
+    table = ops.backends()
+    assert set(table) >= {"encode", "decode", "adapter", "adapter_backward"}
+    assert all(set(row) == {"CPU", "CUDA"} for row in table.values())
