@@ -1,0 +1,306 @@
+"""Training with DeepSpeed: ZeRO 0 to 3, over CPU ranks (gloo) or GPUs (NCCL).
+
+The two streams are two module trees over the same parameters, which ZeRO-3 handles: it partitions
+parameters once and fetches them by module. Cutoffs change the order of modules from step to step
+but equally on all ranks, so its prefetch trace is dropped now and then and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tca_fast.config import TrainConfig
+from tca_fast.errors import UserError
+from tca_fast.training.engine import Engine, make_optimizer, trainable
+
+TAG = "deepspeed"
+_FOREIGN_BLOCKS = {
+    "optimizer": "the optimizer block of the run configuration",
+    "scheduler": "optimizer.learning_rate and optimizer.warmup_ratio of the run configuration",
+    "fp16": "pair.dtype: bfloat16, since float16 would need loss scaling",
+}
+
+
+class DeepSpeedGroup:
+    """This process's place among the ranks, and the DeepSpeed configuration of the run.
+
+    Attributes:
+        rank, num_ranks, device: of this process.
+        settings: the JSON file with every "auto" filled in.
+    """
+
+    def __init__(self, path: Path, config: TrainConfig, device: torch.device) -> None:
+        """Join the process group that the launcher described, or a group of one.
+
+        Raises:
+            UserError: DeepSpeed is missing, or its file is missing, malformed or at odds with
+                the run configuration.
+        """
+        settings = read_settings(path)
+        if device.type == "cpu":
+            # DeepSpeed picks the first accelerator it finds; the run configuration decides here.
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        try:
+            import deepspeed
+        except ImportError:
+            raise UserError(
+                "deepspeed: the package is not installed; pip install 'tca_fast[deepspeed]'"
+            ) from None
+        _skip_shared_memory_op()
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        alone = "WORLD_SIZE" not in os.environ
+        if alone:
+            _describe_group_of_one()
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        self.rank = torch.distributed.get_rank()
+        self.num_ranks = torch.distributed.get_world_size()
+        self.device = device
+        if device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+        elif self.num_ranks > 1 and "OMP_NUM_THREADS" not in os.environ:
+            # Each rank would start a thread per core; together they only get in each other's way.
+            local_ranks = int(os.environ.get("LOCAL_SIZE", self.num_ranks))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        self.settings = fill_settings(settings, config, self.num_ranks, self.device, path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file.
+
+    Raises:
+        UserError: missing, not JSON, or with a block that the run configuration owns.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"deepspeed: {path} cannot be read as JSON ({reason}); give a file such as "
+            "configs/zero2.json"
+        ) from None
+    if not isinstance(settings, dict):
+        raise UserError(f"deepspeed: {path} is not a JSON object; see configs/zero2.json")
+    for block, instead in _FOREIGN_BLOCKS.items():
+        if block in settings:
+            raise UserError(f"deepspeed: {path} sets {block!r}; remove it and use {instead}")
+    return settings
+
+
+def fill_settings(
+    settings: dict[str, Any],
+    config: TrainConfig,
+    num_ranks: int,
+    device: torch.device,
+    path: Path,
+) -> dict[str, Any]:
+    """Replace every "auto" by what the run configuration says, and check what is not "auto".
+
+    Raises:
+        UserError: a value at odds with the run configuration, or an "auto" of unknown meaning.
+    """
+    run = config.run
+    is_bf16 = device.type == "cuda" and config.pair.dtype in ("auto", "bfloat16")
+    known: dict[str, Any] = {
+        "train_batch_size": run.train_batch_size,
+        "train_micro_batch_size_per_gpu": run.per_device_train_batch_size,
+        "gradient_accumulation_steps": run.train_batch_size
+        // (run.per_device_train_batch_size * num_ranks),
+        "gradient_clipping": config.optimizer.max_grad_norm,
+        "bf16.enabled": is_bf16,
+    }
+    filled = json.loads(json.dumps(settings))
+    for name, value in known.items():
+        *blocks, key = name.split(".")
+        block = filled
+        for part in blocks:
+            block = block.setdefault(part, {})
+        if block.get(key, "auto") not in ("auto", value):
+            raise UserError(
+                f"deepspeed: {path} sets {name} to {block[key]!r}, the run configuration means "
+                f'{value!r}; set it to "auto"'
+            )
+        block[key] = value
+    if unknown := _auto_names(filled):
+        raise UserError(
+            f'deepspeed: {path} sets {unknown[0]} to "auto", which nothing here fills in; give a '
+            "value or remove it"
+        )
+    # DeepSpeed's own CPU Adam would need compiled ops; AdamW of torch serves offloading too.
+    filled.setdefault("zero_force_ds_cpu_optimizer", False)
+    return filled
+
+
+def _auto_names(block: dict[str, Any], prefix: str = "") -> list[str]:
+    names = []
+    for key, value in block.items():
+        if isinstance(value, dict):
+            names += _auto_names(value, f"{prefix}{key}.")
+        elif value == "auto":
+            names.append(prefix + key)
+    return names
+
+
+def _skip_shared_memory_op() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce on CPU.
+
+    The op only serves tensor-parallel inference; compiling it takes most of a minute and fails
+    where no ninja or C++ compiler is found.
+    """
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False
+
+
+def _describe_group_of_one() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ.update(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+
+
+class DeepSpeedEngine(Engine):
+    """One rank of a DeepSpeed run, with the client's AdamW over the adapters only."""
+
+    def __init__(self, objective: nn.Module, config: TrainConfig, group: DeepSpeedGroup) -> None:
+        import deepspeed
+
+        self.rank, self.num_ranks, self.device = group.rank, group.num_ranks, group.device
+        self.parameters = trainable(objective)
+        self.max_grad_norm = config.optimizer.max_grad_norm
+        frozen = {
+            name
+            for name, parameter in objective.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad
+        }
+        # `exclude_frozen_parameters` misses the second tree's names of shared parameters, so every
+        # checkpoint would hold the target model.
+        objective.register_state_dict_post_hook(_Drop(frozen))
+        self.engine, *_ = deepspeed.initialize(
+            model=objective,
+            optimizer=make_optimizer(list(self.parameters.values()), config.optimizer),
+            config=group.settings,
+        )
+        self.stage = int(self.engine.zero_optimization_stage())
+        self.name = f"deepspeed stage={self.stage} ranks={self.num_ranks}"
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """Call the objective through DeepSpeed's hooks."""
+        return self.engine(*inputs, **options)
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add the gradient of one micro-batch; gradients are reduced over ranks after the last.
+
+        DeepSpeed averages over ranks (and would over accumulation steps), where this trainer's
+        gradients are sums of shares: hence the factor.
+        """
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.engine.backward(loss * self.num_ranks, scale_wrt_gas=False)
+
+    def apply(self, learning_rate: float) -> float:
+        """Clip, step and clear; see `Engine.apply`. Under ZeRO the norm is known afterwards."""
+        norm = None
+        if self.stage == 0 and not self.engine.bfloat16_enabled():
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            _check_norm(norm)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+        if norm is None:
+            norm = float(self.engine.get_global_grad_norm())
+            _check_norm(norm)
+        return norm
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """All-reduce."""
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def any_over_ranks(self, mask: Tensor) -> Tensor:
+        """All-reduce of the maximum."""
+        counts = mask.to(torch.uint8)
+        torch.distributed.all_reduce(counts, op=torch.distributed.ReduceOp.MAX)
+        return counts.bool()
+
+    def gather_text(self, text: str) -> list[str]:
+        """All-gather of strings."""
+        texts: list[Any] = [None] * self.num_ranks
+        torch.distributed.all_gather_object(texts, text)
+        return texts
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Gather partitioned adapters (ZeRO-3); free for the other stages."""
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.parameters.values())):
+            yield
+
+    def save_state(self, directory: Path) -> None:
+        """Write DeepSpeed's shards of parameters and moments."""
+        self.engine.save_checkpoint(
+            str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load_state(self, directory: Path) -> None:
+        """Read the shards back, bit-exact.
+
+        Raises:
+            UserError: they are missing or damaged.
+        """
+        try:
+            loaded, _ = self.engine.load_checkpoint(
+                str(directory), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
+            )
+        except (OSError, RuntimeError, EOFError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{directory / TAG}: DeepSpeed cannot read its shards ({reason}); resume from "
+                "another checkpoint"
+            ) from None
+        if loaded is None:
+            raise UserError(f"{directory / TAG}: no shards there; resume from another checkpoint")
+
+    def close(self) -> None:
+        """Drop hooks and the process group."""
+        self.engine.destroy()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _check_norm(norm: float) -> None:
+    if norm != norm or norm == float("inf"):
+        raise FloatingPointError(f"gradient norm is {norm}")
+
+
+class _Drop:
+    """State-dict hook that leaves the named tensors out."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
+    ) -> None:
+        for name in self.names:
+            state.pop(prefix + name, None)

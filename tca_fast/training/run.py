@@ -1,0 +1,226 @@
+"""Everything a training run needs, put together in the order in which mistakes are cheapest."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tca_fast.bridging.objective import BridgingObjective, sample_cutoffs
+from tca_fast.bridging.streams import Streams, load_streams, load_tokenizer
+from tca_fast.checkpoint import Provenance
+from tca_fast.config import TrainConfig, dump_config
+from tca_fast.durable import Replacement
+from tca_fast.errors import UserError
+from tca_fast.fingerprint import fingerprint
+from tca_fast.sparsity import FeatureAges
+from tca_fast.training.batches import (
+    BatchPlan,
+    StepBatch,
+    check_lengths,
+    deal,
+    make_step_batch,
+    step_batches,
+)
+from tca_fast.training.data import Corpus, Encoded, Encoder, open_corpus
+from tca_fast.training.engine import Engine, LocalEngine
+from tca_fast.training.logs import RunLog
+from tca_fast.training.state import (
+    Progress,
+    checkpoints,
+    find_checkpoint,
+    load_ages,
+    read_progress,
+    together,
+)
+from tca_fast.training.trainer import Trainer, TrainResult
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CONFIG_NAME = "config.yaml"
+
+
+def train(
+    config: TrainConfig, deepspeed: str | Path | None = None, *, show_progress: bool = True
+) -> TrainResult:
+    """Train adapters as configured, or go on with a run.
+
+    Args:
+        config: the run.
+        deepspeed: DeepSpeed JSON file; None trains in this process alone.
+        show_progress: whether rank 0 draws a progress bar on stderr.
+
+    Returns:
+        How it ended; a run stopped by Ctrl-C or SIGTERM has saved a checkpoint and says so.
+
+    Raises:
+        UserError: any mistake in configuration, data, models or checkpoint, and a full disk.
+    """
+    device = resolve_device(config.run.device)
+    group = None
+    if deepspeed is not None:
+        from tca_fast.training.deepspeed_engine import DeepSpeedEngine, DeepSpeedGroup
+
+        group = DeepSpeedGroup(Path(deepspeed), config, device)
+        device = group.device
+    rank, num_ranks = (group.rank, group.num_ranks) if group else (0, 1)
+    corpora = _open_corpora(config)
+    plan = BatchPlan.from_config(config.run, len(corpora["train"]), num_ranks)
+    tokenizer = _tokenizer(config)
+    encoders = {name: Encoder(tokenizer, config.data, f"data.{name}") for name in corpora}
+    caches: dict[str, dict[int, Encoded]] = {name: {} for name in corpora}
+    for name, corpus in corpora.items():
+        check_lengths(corpus, encoders[name], caches[name])
+    streams = load_streams(config.pair, config.adapter, seed=config.run.seed, device=str(device))
+    sample_cutoffs(config.objective, streams.num_layers, seed=config.run.seed, step=0)
+    provenance = _provenance(config, streams)
+    objective = BridgingObjective(streams, config.objective)
+    engine: Engine
+    if group:
+        engine = DeepSpeedEngine(objective, config, group)
+    else:
+        engine = LocalEngine(objective, config.optimizer, device)
+    ages = FeatureAges(streams.num_layers, config.adapter.num_features).to(device)
+    progress = _begin(config, engine, plan, ages)
+    with together(engine):
+        log = _open_log(config, progress, engine, show_progress)
+    _note_skipped(corpora, log)
+    validation = _validation_batch(config, corpora, encoders, rank, num_ranks)
+    trainer = Trainer(config, engine, streams, provenance, plan, progress, ages, validation, log)
+    steps = range(progress.step, progress.total_steps)
+    try:
+        return trainer.run(
+            step_batches(
+                corpora["train"], encoders["train"], plan, steps, rank, num_ranks, caches["train"]
+            )
+        )
+    finally:
+        log.close()
+        engine.close()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `run.device` means.
+
+    Raises:
+        UserError: CUDA is asked for where there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"run.device: 'cuda', but torch {torch.__version__} finds no CUDA device here; set "
+            "run.device=cpu or auto, or install a CUDA build of torch"
+        )
+    return torch.device(name)
+
+
+def _open_corpora(config: TrainConfig) -> dict[str, Corpus]:
+    sources = {"train": config.data.train, "validation": config.data.validation}
+    return {
+        name: open_corpus(source, f"data.{name}", config.data.bad_lines)
+        for name, source in sources.items()
+        if source is not None
+    }
+
+
+def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    pair = config.pair
+    tokenizer = load_tokenizer(pair.target, pair.target_revision)
+    if tokenizer is None:
+        raise UserError(
+            f"pair.target: {pair.target!r} has no tokenizer that can be loaded; give a local model "
+            "directory with tokenizer files, or a hub id"
+        )
+    return tokenizer
+
+
+def _provenance(config: TrainConfig, streams: Streams) -> Provenance:
+    """Names and fingerprint, taken before an engine may partition the weights."""
+    pair = config.pair
+    return Provenance(
+        base=pair.base,
+        base_revision=pair.base_revision,
+        target=pair.target,
+        target_revision=pair.target_revision,
+        backbone=pair.backbone,
+        fingerprint=fingerprint(streams.adapted.model),
+    )
+
+
+def _begin(config: TrainConfig, engine: Engine, plan: BatchPlan, ages: FeatureAges) -> Progress:
+    """Where the run stands: at its beginning, or where its checkpoint left off."""
+    run, output_dir = config.run, Path(config.run.output_dir)
+    total_steps = plan.total_steps(run.num_epochs, run.max_steps)
+    with together(engine):
+        if run.resume_from_checkpoint is None:
+            if engine.rank == 0:
+                _refuse_used(output_dir)
+        else:
+            checkpoint = find_checkpoint(run.resume_from_checkpoint, output_dir)
+            progress = read_progress(checkpoint, config, plan.num_sequences, engine.name)
+            load_ages(checkpoint, ages)
+    if run.resume_from_checkpoint is None:
+        run_id = engine.gather_text(uuid.uuid4().hex[:12])[0]
+        progress = Progress(0, total_steps, plan.num_sequences, 0, 0, run_id, engine.name)
+    else:
+        with together(engine):
+            engine.load_state(checkpoint)
+    progress.total_steps = total_steps
+    with together(engine):
+        if engine.rank == 0:
+            with Replacement(output_dir) as files:
+                files.write(CONFIG_NAME, lambda path: dump_config(config, path))
+                files.commit()
+    return progress
+
+
+def _refuse_used(output_dir: Path) -> None:
+    used = [*checkpoints(output_dir)[-1:], *output_dir.glob("adapter")]
+    if used:
+        raise UserError(
+            f"run.output_dir: {output_dir} already holds a run, {used[0].name}; "
+            "continue it with run.resume_from_checkpoint=latest, or choose another directory"
+        )
+
+
+def _open_log(
+    config: TrainConfig, progress: Progress, engine: Engine, show_progress: bool
+) -> RunLog:
+    return RunLog(
+        config,
+        Path(config.run.output_dir),
+        run_id=progress.run_id,
+        resume_step=progress.step,
+        total_steps=progress.total_steps,
+        is_main=engine.rank == 0,
+        show_progress=show_progress,
+    )
+
+
+def _note_skipped(corpora: dict[str, Corpus], log: RunLog) -> None:
+    for name, corpus in corpora.items():
+        if corpus.num_skipped:
+            log.note(
+                f"data.{name}: {corpus.num_skipped} malformed line(s) of {corpus.path} skipped, "
+                f"{len(corpus)} used; first: {corpus.first_skipped}"
+            )
+
+
+def _validation_batch(
+    config: TrainConfig,
+    corpora: dict[str, Corpus],
+    encoders: dict[str, Encoder],
+    rank: int,
+    num_ranks: int,
+) -> StepBatch | None:
+    """This rank's share of the first `eval_samples` validation sequences."""
+    if "validation" not in corpora or not config.run.eval_steps:
+        return None
+    corpus = corpora["validation"]
+    indices = list(range(min(config.run.eval_samples, len(corpus))))
+    dealt = deal(indices, config.run.per_device_train_batch_size, rank, num_ranks)
+    return make_step_batch(corpus, encoders["validation"], dealt)
