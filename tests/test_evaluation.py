@@ -289,7 +289,11 @@ def sample_report() -> RunReport:
         prompts=[f"<b>{i}</b>" for i in range(10)],
         answers=["3"] * 10,
         samples=(0, 8),
-        history=[{"step": s, "kl": 1 / s, "nmse": 0.5 / s, "l0": 200 / s} for s in range(1, 40)],
+        history=[
+            {"step": s, "split": split, "kl": 1 / s, "nmse": 0.5 / s, "l0": 200 / s}
+            for s in range(1, 40)
+            for split in (("train", "validation") if s % 10 == 0 else ("train",))
+        ],
         config={"adapter": {"num_features": 500}},
         environment={"torch": "2.13"},
         seconds={"training": 12.3},

@@ -104,15 +104,19 @@ def draw_l0(axes: Axes, report: RunReport) -> None:
 
 
 def draw_curve(key: str, title: str, unit: str) -> Draw:
-    """A chart of one logged training metric over optimizer steps, raw and smoothed."""
+    """A chart of one logged metric over optimizer steps: training raw and smoothed, validation."""
 
     def draw(axes: Axes, report: RunReport) -> None:
-        points = [(row["step"], row[key]) for row in report.history if row.get(key) is not None]
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, color=COLOURS["adapter"], alpha=0.25, linewidth=1)
-            axes.plot(steps, _smooth(values), color=COLOURS["adapter"])
-            _log_scale(axes, values)
+        steps, values = _logged(report, "train", key)
+        axes.plot(steps, values, color=COLOURS["adapter"], alpha=0.25, linewidth=1)
+        axes.plot(steps, _smooth(values), color=COLOURS["adapter"], label="training")
+        checked, found = _logged(report, "validation", key)
+        if found:
+            axes.plot(
+                checked, found, "o", color=COLOURS["target"], markersize=4.5, label="validation"
+            )
+            axes.legend()
+        _log_scale(axes, values + found)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(unit)
         axes.set_title(title)
@@ -120,13 +124,22 @@ def draw_curve(key: str, title: str, unit: str) -> Draw:
     return draw
 
 
+def _logged(report: RunReport, split: str, key: str) -> tuple[list[int], list[float]]:
+    rows = [
+        (row["step"], row[key])
+        for row in report.history
+        if row["split"] == split and row.get(key) is not None
+    ]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
 CHARTS: Mapping[str, Draw] = {
     "accuracy": draw_accuracy,
     "nmse": draw_nmse,
     "l0": draw_l0,
-    "kl_curve": draw_curve("kl", "Training: KL to target", "nats per token"),
-    "nmse_curve": draw_curve("nmse", "Training: residual NMSE", "NMSE"),
-    "l0_curve": draw_curve("l0", "Training: active features", "per token"),
+    "kl_curve": draw_curve("kl", "KL to target over training", "nats per token"),
+    "nmse_curve": draw_curve("nmse", "Residual error over training", "NMSE, mean over states"),
+    "l0_curve": draw_curve("l0", "Active features over training", "per token and layer"),
 }
 
 

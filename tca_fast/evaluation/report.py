@@ -47,8 +47,8 @@ class RunReport:
         num_features: F, features per layer.
         prompts, answers: of the problems, as text, in the order of the responses.
         samples: indices of the problems shown with all four responses.
-        history: training log, one mapping per logged step with `step` and, where known, `kl`,
-            `nmse` and `l0`.
+        history: the run's log, one mapping per record with `step`, `split` ("train" or
+            "validation") and, where known, `kl`, `nmse` and `l0`.
         config: the run's configuration, as plain data.
         environment: versions, machine and backend, shown as they are.
         seconds: time taken by each stage.
