@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tca_fast.adapter import AdaptedMLP, TranscoderAdapter
     from tca_fast.attachment import AdaptedModel, attach, detach
+    from tca_fast.bridging.streams import load_adapted
     from tca_fast.checkpoint import load
     from tca_fast.config import AdapterConfig
     from tca_fast.errors import UserError
@@ -26,6 +27,7 @@ _HOMES = {
     "attach": "attachment",
     "detach": "attachment",
     "load": "checkpoint",
+    "load_adapted": "bridging.streams",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "attach",
     "detach",
     "load",
+    "load_adapted",
 ]
 
 

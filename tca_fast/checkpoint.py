@@ -29,6 +29,7 @@ from tca_fast.config import AdapterConfig
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
 from tca_fast.fingerprint import Fingerprint, fingerprint
+from tca_fast.formats.shards import read_tensors
 from tca_fast.model_card import model_card, model_to_load
 
 if TYPE_CHECKING:
@@ -152,17 +153,17 @@ def load(
             shape, a model of other shape or other weights, a format newer than this version.
             The model is then unchanged.
     """
-    directory = _local_directory(directory, revision)
+    directory = local_directory(directory, revision)
     info = read_adapter_config(directory)
     _check_shape(model, info, directory)
     if check_model:
         _check_fingerprint(model, info, directory)
-    tensors = _read_tensors(directory / WEIGHTS_NAME, info)
+    layers = _read_layers(directory / WEIGHTS_NAME, info)
     adapted = attach(model, info.adapter, dtype=getattr(torch, info.dtype))
     with torch.no_grad():
-        for adapter, tensors_of_layer in zip(adapted.layers, tensors, strict=True):
+        for adapter, tensors in zip(adapted.layers, layers, strict=True):
             for name, parameter in adapter.named_parameters():
-                parameter.copy_(tensors_of_layer[name])
+                parameter.copy_(tensors[name])
     return adapted
 
 
@@ -284,8 +285,12 @@ def _check_fingerprint(model: PreTrainedModel, info: CheckpointInfo, directory: 
         )
 
 
-def _local_directory(directory: str | Path, revision: str | None) -> Path:
-    """The directory itself, or the snapshot of a hub repository."""
+def local_directory(directory: str | Path, revision: str | None) -> Path:
+    """The directory itself, or the snapshot of a hub repository.
+
+    Raises:
+        UserError: neither a directory here nor a repository that the hub gives.
+    """
     path = Path(directory)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
         return path
@@ -322,39 +327,27 @@ def _nothing_here(directory: Path) -> str:
     )
 
 
-def _read_tensors(path: Path, info: CheckpointInfo) -> list[dict[str, Tensor]]:
+def _read_layers(path: Path, info: CheckpointInfo) -> list[dict[str, Tensor]]:
     """The tensors of every layer, after every name, shape and dtype was checked."""
-    from safetensors import SafetensorError, safe_open
-
     if not path.is_file():
         raise UserError(f"{path}: missing beside {CONFIG_NAME}; copy it there")
     shapes = _expected_shapes(info)
     layers: list[dict[str, Tensor]] = [{} for _ in range(info.num_layers)]
     foreign = []
-    try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  (a safe_open handle is not iterable)
-                match = _KEY.fullmatch(key)
-                layer, name = (int(match[1]), match[2]) if match else (-1, "")
-                if not (0 <= layer < len(layers) and name in shapes) or name in layers[layer]:
-                    foreign.append(key)
-                    continue
-                tensor = file.get_tensor(key)
-                if tuple(tensor.shape) != shapes[name]:
-                    raise UserError(
-                        f"{path}: {key} has shape {list(tensor.shape)}, but {CONFIG_NAME} calls "
-                        f"for {list(shapes[name])}; the two files are not of one save"
-                    )
-                if str(tensor.dtype) != f"torch.{info.dtype}":
-                    raise UserError(
-                        f"{path}: {key} is {tensor.dtype}, but {CONFIG_NAME} says {info.dtype}; "
-                        "the two files are not of one save"
-                    )
-                layers[layer][name] = tensor
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({error}); copy or download it again"
-        ) from None
+    for key, tensor in read_tensors({path: None}).items():
+        match = _KEY.fullmatch(key)
+        layer, name = (int(match[1]), match[2]) if match else (-1, "")
+        if not (0 <= layer < len(layers) and name in shapes) or name in layers[layer]:
+            foreign.append(key)
+            continue
+        found = (list(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+        expected = (list(shapes[name]), info.dtype)
+        if found != expected:
+            raise UserError(
+                f"{path}: {key} is {found[0]} {found[1]}, but {CONFIG_NAME} calls for "
+                f"{expected[0]} {expected[1]}; the two files are not of one save"
+            )
+        layers[layer][name] = tensor
     missing = [
         f"layer {layer} {name}"
         for layer, tensors in enumerate(layers)

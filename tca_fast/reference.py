@@ -199,12 +199,12 @@ def adapter_backward(
     if token_mask_T is not None:
         dl1_T = torch.where(token_mask_T, dl1_T, 0.0)
         masked_TF = torch.where(token_mask_T.unsqueeze(1), features_TF, 0.0)
-    da_TF = da_TF + dl1_T.unsqueeze(1) * norm_F
+    da_TF = da_TF.addr_(dl1_T, norm_F)
     direction_FD = torch.where(norm_F.unsqueeze(1) == 0, 0.0, W_dec / norm_F.unsqueeze(1))
     norm_gradient_F = grad_l1.to(dtype) * masked_TF.sum(0)
     dW_dec = gained_TF.T @ dy_TD + norm_gradient_F.unsqueeze(1) * direction_FD
 
-    dz_TF = torch.where(stored_TF != 0, da_TF, 0.0)
+    dz_TF = da_TF.masked_fill_(stored_TF == 0, 0.0)
     return (
         *_encoder_gradients(dz_TF, x_TD, W_enc_FD),
         dW_dec.to(W_dec_FD.dtype),

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from tca_fast import AdapterConfig, UserError
 from tca_fast.bridging.objective import BridgingObjective, sample_cutoffs
 from tca_fast.bridging.pair import check_pair, check_tokenizers
-from tca_fast.bridging.streams import build_streams, graft
+from tca_fast.bridging.streams import build_streams, graft, load_adapted
 from tca_fast.config import ObjectiveConfig
 
 FAMILIES = {"qwen2": tiny_qwen2, "llama": tiny_llama}
@@ -105,6 +105,27 @@ def test_tokenizers_may_differ_in_added_tokens_only():
     check_tokenizers(base, Tokenizer({"a": 0, "b": 1}, {"<User>": 2}))
     with pytest.raises(UserError, match="'b' the id 1 in the base and 3 in the target"):
         check_tokenizers(base, Tokenizer({"a": 0, "b": 3}, {}))
+
+
+@pytest.mark.parametrize("backbone", ["target", "base"])
+def test_a_checkpoint_brings_its_models_along(tmp_path, backbone):
+    """Train-time stream, saved, equals what `load_adapted` assembles from the recorded names."""
+    from tca_fast.checkpoint import Provenance
+
+    for name, seed in (("base", 1), ("target", 2)):
+        tiny_qwen2(seed=seed).save_pretrained(tmp_path / name)
+    streams = build_streams(tiny_qwen2(seed=1), tiny_qwen2(seed=2), CONFIG, backbone=backbone)
+    randomise(streams.adapted)
+    names = {"base": str(tmp_path / "base"), "target": str(tmp_path / "target")}
+    streams.adapted.save_pretrained(tmp_path / "a", Provenance(**names, backbone=backbone))
+    inputs = batch()["input_ids"]
+    expected = streams.adapted.model(inputs).logits
+    assert torch.equal(load_adapted(tmp_path / "a").model(inputs).logits, expected)
+
+    streams.adapted.save_pretrained(tmp_path / "b", Provenance(backbone=backbone))
+    with pytest.raises(UserError, match="does not say which model it was; pass base="):
+        load_adapted(tmp_path / "b")
+    assert torch.equal(load_adapted(tmp_path / "b", **names).model(inputs).logits, expected)
 
 
 def by_hand(front, back, cutoff, input_ids, attention_mask):

@@ -8,13 +8,15 @@ parameters, so there is no switch to set and nothing stored twice.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from tca_fast import checkpoint
 from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
-from tca_fast.bridging.pair import check_pair, check_tokenizers
+from tca_fast.bridging.pair import ACCEPTABLE, check_pair, check_tokenizers
 from tca_fast.config import AdapterConfig, PairConfig
 from tca_fast.errors import UserError
 
@@ -68,10 +70,15 @@ def build_streams(
     if backbone == "base":
         return Streams(attach(base.eval(), config, seed=seed), target)
     hybrid = share_parameters(target)
-    donors = decoder_parts(base).layers
-    for layer, donor in zip(decoder_parts(hybrid).layers, donors, strict=True):
-        setattr(layer, MLP_NAME, getattr(donor, MLP_NAME))
+    take_mlps(hybrid, base)
     return Streams(attach(hybrid.eval(), config, seed=seed), target)
+
+
+def take_mlps(model: PreTrainedModel, donor: PreTrainedModel) -> None:
+    """Put the MLPs of `donor` into `model`, in place: the hybrid of contract §2.1."""
+    layers, donors = decoder_parts(model).layers, decoder_parts(donor).layers
+    for layer, donor_layer in zip(layers, donors, strict=True):
+        setattr(layer, MLP_NAME, getattr(donor_layer, MLP_NAME))
 
 
 def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
@@ -141,6 +148,42 @@ def load_streams(
         for role, (name, revision) in names.items()
     )
     return build_streams(base, target, config, backbone=pair.backbone, accept=accept, seed=seed)
+
+
+def load_adapted(
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    target: str | None = None,
+    revision: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "cpu",
+) -> AdaptedModel:
+    """The whole model of a checkpoint: backbone, the base's MLPs, and the trained adapters.
+
+    Args:
+        directory: written by `save_pretrained` or a training run, or a hub id.
+        base, target: where the two models are now; None is where they were in training.
+        revision: of the adapters' hub repository.
+        dtype: of the frozen weights, as in `PairConfig`.
+        device: where the model goes.
+
+    Raises:
+        UserError: the checkpoint or a model cannot be read, names no models, or does not fit.
+    """
+    directory = checkpoint.local_directory(directory, revision)
+    origin = checkpoint.read_adapter_config(directory).provenance
+    base, target = base or origin.base, target or origin.target
+    if base is None or target is None:
+        role = "base" if base is None else "target"
+        raise UserError(f"{role}: {directory} does not say which model it was; pass {role}=…")
+    pair = PairConfig(base=base, target=target, dtype=dtype)
+    model = load_model("base", base, origin.base_revision, pair, device)
+    if origin.backbone == "target":
+        donor, model = model, load_model("target", target, origin.target_revision, pair, device)
+        check_pair(donor.config, model.config, accept=ACCEPTABLE)
+        take_mlps(model, donor)
+    return checkpoint.load(model.eval(), directory)
 
 
 def load_model(
