@@ -132,13 +132,17 @@ def _config(
     from tca_fast import miniature
     from tca_fast.config import load_config
 
-    settings = [
-        f"pair.base={json.dumps(str(miniature.base_path()))}",
-        f"pair.target={json.dumps(str(miniature.target_path()))}",
-        f"data.train={json.dumps(str(miniature.train_data()))}",
-        f"data.validation={json.dumps(str(miniature.val_data()))}",
-        f"run.output_dir={json.dumps(str(out))}",
-    ]
+    try:
+        paths = {
+            "pair.base": miniature.base_path(),
+            "pair.target": miniature.target_path(),
+            "data.train": miniature.train_data(),
+            "data.validation": miniature.val_data(),
+            "run.output_dir": out,
+        }
+    except FileNotFoundError as error:
+        raise UserError(f"miniature: {error}") from None
+    settings = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
     if seed is not None:
         settings.append(f"run.seed={seed}")
     if l1_weight is not None:
@@ -165,12 +169,14 @@ def _load_models(config: TrainConfig, adapter: Path) -> _Models:
     from tca_fast.attachment import detach
     from tca_fast.bridging.streams import load_model, load_streams
     from tca_fast.checkpoint import load
+    from tca_fast.training.run import resolve_device
 
     logging.disable_progress_bar()
-    streams = load_streams(config.pair, config.adapter)
+    pair, device = config.pair, str(resolve_device(config.run.device))
+    streams = load_streams(pair, config.adapter, device=device)
     hybrid = streams.adapted.model
     detach(hybrid)
-    base = load_model("pair.base", config.pair.base, config.pair.base_revision, config.pair, "cpu")
+    base = load_model("pair.base", pair.base, pair.base_revision, pair, device)
     return _Models(base.eval(), load(hybrid, adapter), streams.reference)
 
 
@@ -269,9 +275,11 @@ def _report(
 ) -> RunReport:
     from tca_fast.cli.env import collect
     from tca_fast.evaluation.report import RunReport
+    from tca_fast.training.run import resolve_device
 
     found = collect()
-    backends = sorted({serving.backend for serving in found.operators if serving.device == "CPU"})
+    kind = resolve_device(config.run.device).type.upper()
+    backends = sorted({serving.backend for serving in found.operators if serving.device == kind})
     versions = {name: version for name, version in found.versions.items() if version}
     adapter = results[2].reasoning.responses
     return RunReport(
@@ -283,7 +291,12 @@ def _report(
         samples=choose_samples(held_out.domains, [response.correct for response in adapter]),
         history=_history(out / "log.jsonl"),
         config=config.model_dump(mode="json"),
-        environment={**found.machine, "operator backend": ", ".join(backends), **versions},
+        environment={
+            **found.machine,
+            "device": kind,
+            "operator backend": ", ".join(backends),
+            **versions,
+        },
         seconds=seconds,
     )
 
