@@ -163,21 +163,20 @@ def _train(console: Console, config: TrainConfig) -> None:
 
 
 def _load_models(config: TrainConfig, adapter: Path) -> _Models:
-    """The pair, with the adapters as a user would load them from disk."""
+    """The pair, and the adapters as a user would load them from disk."""
     from transformers.utils import logging
 
-    from tca_fast.attachment import detach
-    from tca_fast.bridging.streams import load_model, load_streams
-    from tca_fast.checkpoint import load
+    from tca_fast.bridging.streams import load_adapted, load_model
     from tca_fast.training.run import resolve_device
 
     logging.disable_progress_bar()
     pair, device = config.pair, str(resolve_device(config.run.device))
-    streams = load_streams(pair, config.adapter, device=device)
-    hybrid = streams.adapted.model
-    detach(hybrid)
     base = load_model("pair.base", pair.base, pair.base_revision, pair, device)
-    return _Models(base.eval(), load(hybrid, adapter), streams.reference)
+    target = load_model("pair.target", pair.target, pair.target_revision, pair, device)
+    adapted = load_adapted(
+        adapter, base=pair.base, target=pair.target, dtype=pair.dtype, device=device
+    )
+    return _Models(base.eval(), adapted, target.eval())
 
 
 def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
