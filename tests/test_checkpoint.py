@@ -207,7 +207,7 @@ class TestRefusedLoad:
             (lambda d: edit_config(d, num_layers="3"), "num_layers is '3'"),
             (lambda d: edit_config(d, num_layers=4), "num_layers.*trained with 4.*has 3"),
             (lambda d: edit_config(d, hidden_size=8), "hidden_size.*trained with 8.*has 24"),
-            (lambda d: edit_config(d, num_features=21), r"\[20, 24\].*calls for \[21, 24\]"),
+            (lambda d: edit_config(d, num_features=21), r"is \[20, 24\] float32.*calls for \[21, 24\]"),
             (lambda d: (d / "adapter_config.json").write_text("{"), "not readable as JSON"),
             (lambda d: (d / "adapter_config.json").write_bytes(b"\xff"), "not readable as JSON"),
             (lambda d: (d / "adapter_model.safetensors").unlink(), "safetensors: missing beside"),
@@ -226,7 +226,7 @@ class TestRefusedLoad:
             ),
             (
                 lambda d: edit_tensors(d, lambda t: t.update({W_ENC: t[W_ENC].half()})),
-                "layers.1.mlp.adapter.W_enc is torch.float16",
+                r"W_enc is \[20, 24\] float16.*calls for \[20, 24\] float32",
             ),
         ],
     )

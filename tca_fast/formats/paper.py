@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +22,11 @@ from torch import Tensor
 from tca_fast.attachment import AdaptedModel, attach
 from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
+from tca_fast.formats.shards import read_tensors, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ARCHITECTURE = "Qwen2ForCausalLMWithTranscoder"
-_WEIGHTS_NAME = "model.safetensors"
-_INDEX_NAME = "model.safetensors.index.json"
 _SUFFIXES = {
     "W_enc": "transcoder_enc.weight",
     "b_enc": "transcoder_enc.bias",
@@ -43,6 +40,11 @@ _KEY = re.compile(r"model\.layers\.(\d+)\.mlp\.(" + "|".join(map(re.escape, _NAM
 def tensor_name(layer: int, name: str) -> str:
     """The paper's key of our tensor `name` ("W_enc", "b_enc", "W_dec" or "b_dec") of a layer."""
     return f"model.layers.{layer}.mlp.{_SUFFIXES[name]}"
+
+
+def is_adapter_tensor(key: str) -> bool:
+    """Whether a key of a checkpoint belongs to an adapter rather than to the backbone."""
+    return _KEY.fullmatch(key) is not None
 
 
 def to_paper(name: str, tensor: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def read_paper_checkpoint(
     """
     directory = Path(directory)
     raw = _read_config(directory)
-    tensors = _read_tensors(directory, lambda key: _KEY.fullmatch(key) is not None)
+    tensors = read_tensors(weight_files(directory), is_adapter_tensor)
     return _adapter_config(raw), _adapter_layers(raw, tensors, directory)
 
 
@@ -87,9 +89,9 @@ def load_paper_checkpoint(
     """
     directory = Path(directory)
     raw = _read_config(directory)
-    tensors = _read_tensors(directory, lambda key: True)
+    tensors = read_tensors(weight_files(directory))
     layers = _adapter_layers(raw, tensors, directory)
-    backbone = {key: tensor for key, tensor in tensors.items() if not _KEY.fullmatch(key)}
+    backbone = {key: tensor for key, tensor in tensors.items() if not is_adapter_tensor(key)}
     model = _build_backbone(directory, backbone, dtype)
     adapted = attach(model, _adapter_config(raw), dtype=layers[0]["W_enc"].dtype)
     with torch.no_grad():
@@ -106,7 +108,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(
             f"directory: {directory} has no config.json; give a directory with config.json and "
-            f"{_WEIGHTS_NAME} in the paper's format"
+            "safetensors in the paper's format"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
@@ -128,50 +130,6 @@ def _adapter_config(raw: dict[str, Any]) -> AdapterConfig:
         k=None,
         decoder_bias=raw["transcoder_dec_bias"],
     )
-
-
-def _read_tensors(directory: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The wanted tensors of the one file or of all shards of a checkpoint."""
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, Tensor] = {}
-    for path, keys in _weight_files(directory).items():
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = set(file.keys())
-                if keys is not None and found != keys:
-                    raise UserError(
-                        f"{path}: differs from {_INDEX_NAME} in {sorted(found ^ keys)[0]}; the "
-                        "shards are not of one checkpoint"
-                    )
-                tensors |= {key: file.get_tensor(key) for key in found if wanted(key)}
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path}: not a whole safetensors file ({error}); copy or download it again"
-            ) from None
-    return tensors
-
-
-def _weight_files(directory: Path) -> dict[Path, set[str] | None]:
-    """Files to read, each with the keys that the index promises (None without an index)."""
-    index = directory / _INDEX_NAME
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index}: not a weight index ({error}); copy it again") from None
-        return {
-            directory / Path(name).name: {key for key, file in weight_map.items() if file == name}
-            for name in names
-        }
-    path = directory / _WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(
-            f"directory: {directory} has neither {_WEIGHTS_NAME} nor {_INDEX_NAME}; give a whole "
-            "checkpoint"
-        )
-    return {path: None}
 
 
 def _adapter_layers(
