@@ -30,12 +30,13 @@ model's MLPs and its fine-tuned sibling's. This directory holds the adapters onl
 | activation | {activation} |
 | decoder bias | {decoder_bias} |
 
-The adapters attach to {model}:
+The adapters attach to {model}.
 
 ```python
 import tca_fast
 
-adapted = tca_fast.load(model, "path/to/this/directory")
+adapted = tca_fast.load_adapted("path/to/this/directory")  # fetches the models named above
+adapted = tca_fast.load(model, "path/to/this/directory")  # or attach to one that is loaded
 with adapted.disabled():
     ...  # the model without adapters
 ```

@@ -179,6 +179,19 @@ def test_a_backbone_of_other_weights_is_a_miss(copied):
     assert {"adapter/: backbone tensors", "target_backbone.kl", "target_backbone.lm"} <= missed
 
 
+def test_a_pair_of_different_rope_is_a_miss_that_says_why(copied):
+    path = copied / "base" / "config.json"
+    config = json.loads(path.read_text())
+    config["rope_parameters"]["rope_theta"] = 500.0
+    path.write_text(json.dumps(config))
+    checks = verify(copied)
+    wrong = {check.name: check for check in checks if check.ok is False}
+    assert wrong.keys() == {"pair: rope_parameters"}  # here only the base's file was changed
+    assert "contract §2.4" in wrong["pair: rope_parameters"].note
+    refused = next(check for check in checks if check.name == "base_backbone")
+    assert refused.ok is None and "rope_parameters" in refused.note
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

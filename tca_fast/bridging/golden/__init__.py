@@ -22,6 +22,7 @@ from tca_fast.bridging.golden.folder import GRADIENTS, OUTPUTS, RELP, GoldenFold
 from tca_fast.bridging.golden.prompt import check_attribution_prompt
 from tca_fast.bridging.golden.recomputation import Recomputation
 from tca_fast.bridging.objective import BridgingObjective
+from tca_fast.bridging.pair import ACCEPTABLE
 from tca_fast.bridging.streams import Streams
 from tca_fast.errors import UserError
 from tca_fast.formats.paper import tensor_name, to_paper
@@ -46,7 +47,9 @@ _NOT_RECOMPUTED = {
     ("fresh_init_zero_decoder", "l0_per_layer"): _NO_ENCODER,
     ("fresh_init_zero_decoder", "l0_avg"): _NO_ENCODER,
     ("relp", "max_abs_logit_diff_vs_training_model"): "rounding between two reference models",
-    ("relp",): _NO_EDGES,
+    ("relp", "edges_abs_sum"): _NO_EDGES,
+    ("relp", "edges_sum"): _NO_EDGES,
+    ("relp", "top_logit_row_abs_sum"): _NO_EDGES,
     (RELP, _EDGES): _NO_EDGES,
 }
 
@@ -96,12 +99,19 @@ def verify(
     _check_configs(compare, streams, base)
     check_attribution_prompt(compare, ours, streams)
     _check_schedule(compare, learning_rate)
-    compare.skip_unclaimed(_NOT_RECOMPUTED)
+    capped = [key for key in folder.values.get("relp", {}) if key.startswith("capped_")]
+    compare.skip_unclaimed(_NOT_RECOMPUTED | {("relp", key): _NO_EDGES for key in capped})
     return sorted(compare.checks, key=lambda check: check.ok is None)
 
 
 def _check_settings(compare: Comparison, folder: GoldenFolder, streams: Streams) -> None:
-    """Sizes that `_about` repeats must be those of the files."""
+    """Sizes that `_about` repeats must be those of the files, and the pair one that we assemble.
+
+    Where base and target differ in rope or tied heads, the reference's numbers come from its
+    mistaken assembly and no right one agrees with them: a miss that says so.
+    """
+    from transformers import AutoConfig
+
     about, config = compare.values["_about"], streams.reference.config
     sizes = {
         "hidden": config.hidden_size,
@@ -124,6 +134,11 @@ def _check_settings(compare: Comparison, folder: GoldenFolder, streams: Streams)
             compare.block(("_about",), {key: padding})
     for name in ("lambda_adapt", "l1_weight", "lambda_nmse", "lambda_bridge", "k"):
         compare.claim(("_about", name))
+    base = AutoConfig.from_pretrained(folder.directory / "base")
+    for field in ACCEPTABLE:
+        if _setting(base, field) != _setting(config, field):
+            note = "the reference gave the target's weights the base's setting (contract §2.4)"
+            compare.exact(f"pair: {field}", _setting(config, field), _setting(base, field), note)
 
 
 def _check_assembly(compare: Comparison, folder: GoldenFolder, streams: Streams) -> None:
