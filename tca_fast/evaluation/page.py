@@ -263,14 +263,14 @@ def _details(report: RunReport) -> str:
     seconds = "\n".join(f"{key}: {value:.1f} s" for key, value in report.seconds.items())
     config = yaml.safe_dump(dict(report.config), sort_keys=False, allow_unicode=True)
     blocks = (
-        ("Machine, versions, backends", environment),
-        ("Time taken", seconds),
-        ("Configuration", config),
+        ("Time taken", seconds, " open"),
+        ("Machine, versions, backends", environment, " open"),
+        ("Configuration", config if report.config else "", ""),
     )
     return "".join(
-        f'<details class="panel" open><summary>{title}</summary><pre>{escape(text)}</pre></details>'
-        for title, text in blocks
-        if text.strip() and text.strip() != "{}"
+        f'<details class="panel"{state}><summary>{title}</summary><pre>{escape(text)}</pre></details>'
+        for title, text, state in blocks
+        if text
     )
 
 
