@@ -268,7 +268,8 @@ def _details(report: RunReport) -> str:
         ("Configuration", config if report.config else "", ""),
     )
     return "".join(
-        f'<details class="panel"{state}><summary>{title}</summary><pre>{escape(text)}</pre></details>'
+        f'<details class="panel"{state}><summary>{title}</summary>'
+        f"<pre>{escape(text)}</pre></details>"
         for title, text, state in blocks
         if text
     )
