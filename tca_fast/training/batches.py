@@ -190,13 +190,24 @@ def make_step_batch(
     dealt: list[tuple[list[int], float]],
     cache: dict[int, Encoded] | None = None,
 ) -> StepBatch:
-    """Encode and collate dealt micro-batches; `cache` keeps ids by sequence index."""
-    pad_id = pad_token_id(encoder.tokenizer)
+    """Encode and collate dealt micro-batches; `cache` keeps ids by sequence index.
+
+    Raises:
+        UserError: a sequence that cannot be encoded, or an id that the models do not know.
+    """
+    pad_id = pad_token_id(encoder.tokenizer, encoder.vocab_size)
     micro_batches: list[MicroBatch] = []
     truncated = 0
     for indices, weight in dealt:
         sequences = [encode_cached(corpus, encoder, index, cache) for index in indices]
         micro_batch = collate(sequences, pad_id, encoder.config.loss_on_prompt)
+        largest = int(micro_batch.input_ids.max())
+        if encoder.vocab_size is not None and largest >= encoder.vocab_size:
+            raise UserError(
+                f"pair.target: its tokenizer gives id {largest} near line "
+                f"{sequences[0].line_number} of {corpus.path}, its embedding has "
+                f"{encoder.vocab_size} rows; give the tokenizer that belongs to the model"
+            )
         micro_batches.append(micro_batch._replace(weight=weight))
         if weight:
             truncated += sum(len(one.ids) < one.original_length for one in sequences)
@@ -231,10 +242,13 @@ def check_lengths(corpus: Corpus, encoder: Encoder, cache: dict[int, Encoded] | 
             encode_cached(corpus, encoder, index, cache)
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """The id that fills padding: pad, else end of sequence, else 0; masked in every use."""
+def pad_token_id(tokenizer: Any, vocab_size: int | None = None) -> int:
+    """The id that fills padding: pad, else end of sequence, else 0; masked in every use.
+
+    An id outside the model's vocabulary, such as a pad token added for other purposes, is no use.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (vocab_size is None or token < vocab_size):
             return int(token)
     return 0
 

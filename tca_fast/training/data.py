@@ -225,12 +225,16 @@ class Encoder:
         tokenizer: a Hugging Face tokenizer; its padding side and chat default do not matter.
         config: the data block.
         field: configuration field named in messages.
+
+    Attributes:
+        vocab_size: rows of the models' embedding once they are loaded, for a check of the ids.
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig, field: str = "data.train") -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.field = field
+        self.vocab_size: int | None = None
         if config.format == "chat" and not tokenizer.chat_template:
             raise UserError(
                 "data.format: 'chat' needs a tokenizer with a chat template and the target's has "

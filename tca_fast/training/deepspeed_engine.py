@@ -282,10 +282,8 @@ class DeepSpeedEngine(Engine):
             raise UserError(f"{directory / TAG}: no shards there; resume from another checkpoint")
 
     def close(self) -> None:
-        """Drop hooks and the process group."""
+        """Drop DeepSpeed's hooks and buffers; the process group serves further runs."""
         self.engine.destroy()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def _check_norm(norm: float) -> None:

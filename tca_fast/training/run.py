@@ -75,7 +75,10 @@ def train(
     for name, corpus in corpora.items():
         check_lengths(corpus, encoders[name], caches[name])
     streams = load_streams(config.pair, config.adapter, seed=config.run.seed, device=str(device))
+    # Cutoffs that do not fit the model are a mistake to report before the first step.
     sample_cutoffs(config.objective, streams.num_layers, seed=config.run.seed, step=0)
+    for encoder in encoders.values():
+        encoder.vocab_size = streams.reference.get_input_embeddings().weight.shape[0]
     provenance = _provenance(config, streams)
     objective = BridgingObjective(streams, config.objective)
     engine: Engine

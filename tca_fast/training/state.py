@@ -36,7 +36,7 @@ from tca_fast.errors import UserError
 from tca_fast.sparsity import FeatureAges
 
 if TYPE_CHECKING:
-    from tca_fast.attach import AdaptedModel
+    from tca_fast.attachment import AdaptedModel
     from tca_fast.training.engine import Engine
 
 STATE_NAME = "training_state.json"

@@ -1,0 +1,140 @@
+"""Two CPU ranks under every ZeRO stage against one process, at equal global batch."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_pair import make_pair, records
+
+from tca_fast.config import load_config
+from tca_fast.errors import UserError
+from tca_fast.training.run import train
+
+LAUNCHER = Path(sys.executable).with_name("deepspeed")
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+pytestmark = pytest.mark.skipif(
+    not LAUNCHER.exists(), reason="needs DeepSpeed: pip install 'tca_fast[deepspeed]'"
+)
+
+
+def launch(port: int, *arguments) -> subprocess.CompletedProcess:
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        # Without a compiler or ninja on the path DeepSpeed must get along, too.
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+    }
+    command = [LAUNCHER, "--num_accelerators", "2", "--master_port", port, *arguments]
+    return subprocess.run(
+        [str(part) for part in command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    """The pair, and `out/` of a run in one process."""
+    root = tmp_path_factory.mktemp("pair")
+    config = make_pair(root)
+    train(load_config(config), show_progress=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def stages(single) -> Path:
+    done = launch(29611, Path(__file__).with_name("deepspeed_stages.py"), single / "run.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return single
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_train_like_one(stages, stage):
+    alone, together = records(stages / "out"), records(stages / f"unbroken{stage}")
+    assert len(alone) == len(together) == 20
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        for name in ("tokens_seen", "sequences_seen", "learning_rate", "dead_features"):
+            assert ours[name] == theirs[name], name
+    # The last batch of an epoch has one micro-batch, so one rank only stood in.
+    assert [r["sequences_seen"] for r in alone[4:7]] == [20, 22, 26]
+    validation = records(stages / "out", "validation")
+    for ours, theirs in zip(
+        records(stages / f"unbroken{stage}", "validation"), validation, strict=True
+    ):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_interrupted_ranks_resume_bitwise(stages, stage):
+    assert records(stages / f"stage{stage}") == records(stages / f"unbroken{stage}")
+    weights = [
+        load_file(stages / f"{run}{stage}/adapter/adapter_model.safetensors")
+        for run in ("stage", "unbroken")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all((weights[0][name] == tensor).all() for name, tensor in weights[1].items())
+    assert all(tensor.any() for tensor in weights[1].values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_checkpoints_leave_the_frozen_weights_out(stages, stage):
+    shards = stages / f"stage{stage}" / "checkpoints" / "step_000009" / "deepspeed"
+    files = sorted(shards.glob("*model_states.pt"))
+    assert files
+    for path in files:
+        saved = torch.load(path, weights_only=False)["module"]
+        assert saved and all(".adapter." in name for name in saved)
+
+
+def test_launcher_command_trains_under_zero2(single):
+    done = launch(
+        29612,
+        *("--module", "tca_fast.train", single / "run.yaml", "--deepspeed", CONFIGS / "zero2.json"),
+        *(f"run.output_dir={single}/command", "run.max_steps=20"),
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "adapters in" in done.stderr
+    for ours, theirs in zip(records(single / "command"), records(single / "out"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_settings_at_odds_with_the_run_are_refused(single, tmp_path):
+    config = load_config(single / "run.yaml", [f"run.output_dir={tmp_path}/out"])
+    for text, message in (
+        ("{", "cannot be read as JSON"),
+        ('{"optimizer": {"type": "Adam"}}', "sets 'optimizer'; remove it"),
+        ('{"gradient_clipping": 7.0}', "gradient_clipping to 7.0, the run configuration means 1.0"),
+        ('{"zero_optimization": {"stage": "auto"}}', "zero_optimization.stage"),
+    ):
+        path = tmp_path / "settings.json"
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            from tca_fast.training.deepspeed_engine import fill_settings, read_settings
+
+            fill_settings(read_settings(path), config, 1, torch.device("cpu"), path)
+    with pytest.raises(UserError, match="nowhere.json cannot be read"):
+        train(config, tmp_path / "nowhere.json")
+
+
+def test_another_engine_does_not_resume(stages, tmp_path):
+    shutil.copytree(stages / "stage2", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    config = load_config(
+        stages / "run.yaml",
+        [f"run.output_dir={tmp_path}/run", "run.resume_from_checkpoint=latest"],
+    )
+    with pytest.raises(
+        UserError, match="engine: .* 'deepspeed stage=2 ranks=2', this run has 'local'"
+    ):
+        train(config, show_progress=False)

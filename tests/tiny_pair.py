@@ -1,0 +1,91 @@
+"""A tiny random pair on disk, with a character tokenizer and arithmetic in the OpenThoughts schema."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tiny import tiny_qwen2
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+CHARACTERS = [*map(chr, range(32, 127)), "\n", "\uff5c"]
+VOCABULARY = {token: i for i, token in enumerate(["<bos>", "<eos>", *CHARACTERS])}
+
+
+def character_tokenizer(**options) -> PreTrainedTokenizerFast:
+    """One token per character after a BOS; pads on the left by preference."""
+    tokenizer = Tokenizer(models.WordLevel(VOCABULARY, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        padding_side="left",
+        **options,
+    )
+
+
+def conversation_line(prompt: str, response: str, **extra) -> str:
+    turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]
+    return json.dumps({"conversations": turns, "domain": "math", **extra})
+
+
+def write_data(path: Path, num_sequences: int, seed: int) -> None:
+    """Additions whose answers differ in length, so that micro-batches are padded."""
+    draw = random.Random(seed)
+    lines = []
+    for _ in range(num_sequences):
+        a, b = draw.randrange(100), draw.randrange(100)
+        thinking = "so " * draw.randrange(1, 9)
+        lines.append(conversation_line(f"{a}+{b}?", f"<think> {thinking}</think>{a + b}"))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def make_pair(root: Path, num_sequences: int = 22) -> Path:
+    """Write models, tokenizer, data and run.yaml under `root`; returns the YAML file.
+
+    22 sequences in batches of 4 leave a last batch of 2 in every epoch: one micro-batch of 2, so
+    that the second of two ranks has none.
+    """
+    shape = {"vocab_size": len(VOCABULARY), "max_position_embeddings": 128, "bos_token_id": 0}
+    shape |= {"eos_token_id": 1, "pad_token_id": 1}
+    base, target = tiny_qwen2(seed=1, **shape), tiny_qwen2(seed=2, **shape)
+    with torch.no_grad():
+        for ours, theirs in zip(target.parameters(), base.parameters(), strict=True):
+            ours.mul_(0.3).add_(theirs)
+    for name, model in (("base", base), ("target", target)):
+        model.save_pretrained(root / name)
+        character_tokenizer().save_pretrained(root / name)
+    write_data(root / "train.jsonl", num_sequences, seed=0)
+    write_data(root / "val.jsonl", 5, seed=1)
+    config = root / "run.yaml"
+    config.write_text(
+        f"""
+pair: {{base: {root}/base, target: {root}/target}}
+adapter: {{num_features: 48}}
+objective: {{l1_weight: 0.01}}
+data: {{train: {root}/train.jsonl, validation: {root}/val.jsonl, max_length: 48}}
+optimizer: {{learning_rate: 0.003, warmup_ratio: 0.2}}
+run:
+  output_dir: {root}/out
+  num_epochs: 4
+  max_steps: 20
+  train_batch_size: 4
+  per_device_train_batch_size: 2
+  eval_steps: 10
+  save_steps: 8
+""",
+        encoding="utf-8",
+    )
+    return config
+
+
+def records(output_dir: Path, split: str = "train") -> list[dict]:
+    """The log without the one figure that depends on the clock."""
+    lines = (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [record for record in map(json.loads, lines) if record["split"] == split]
+    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in found]
