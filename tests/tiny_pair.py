@@ -1,4 +1,4 @@
-"""A tiny random pair on disk, with a character tokenizer and arithmetic in the OpenThoughts schema."""
+"""A tiny random pair on disk: character tokenizer, arithmetic in the OpenThoughts schema."""
 
 import json
 import random
