@@ -137,7 +137,10 @@ class AdaptedModel:
         model: the Hugging Face model, changed in place; use it as before.
         config: shape and activation of the adapters.
         layers: the adapters, one per decoder layer.
+        provenance: models they were trained on, where they come from a checkpoint.
     """
+
+    provenance: Provenance | None = None
 
     def __init__(self, model: PreTrainedModel, config: AdapterConfig) -> None:
         """Collect the adapters of a model; use `attach` to make them."""

@@ -98,14 +98,15 @@ def save_pretrained(
     Args:
         adapted: model with adapters.
         directory: created if missing.
-        provenance: names for `adapter_config.json` and the model card.
+        provenance: names for `adapter_config.json` and the model card; None is what the adapters
+            were loaded with.
 
     Raises:
         UserError: the files cannot be written (full disk, no permission) or do not read back as
             written; files of an earlier save are then still whole.
     """
     directory = Path(directory)
-    provenance = provenance or Provenance()
+    provenance = provenance or adapted.provenance or Provenance()
     if provenance.fingerprint is None:
         provenance = replace(provenance, fingerprint=fingerprint(adapted.model))
     layers_name = decoder_parts(adapted.model).layers_name
@@ -164,6 +165,7 @@ def load(
         for adapter, tensors in zip(adapted.layers, layers, strict=True):
             for name, parameter in adapter.named_parameters():
                 parameter.copy_(tensors[name])
+    adapted.provenance = info.provenance
     return adapted
 
 

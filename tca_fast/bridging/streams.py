@@ -68,6 +68,7 @@ def build_streams(
     check_pair(base.config, target.config, backbone=backbone, accept=accept)
     target.eval().requires_grad_(False)
     if backbone == "base":
+        _end_like(base, target)
         return Streams(attach(base.eval(), config, seed=seed), target)
     hybrid = share_parameters(target)
     take_mlps(hybrid, base)
@@ -79,6 +80,14 @@ def take_mlps(model: PreTrainedModel, donor: PreTrainedModel) -> None:
     layers, donors = decoder_parts(model).layers, decoder_parts(donor).layers
     for layer, donor_layer in zip(layers, donors, strict=True):
         setattr(layer, MLP_NAME, getattr(donor_layer, MLP_NAME))
+
+
+def _end_like(base: PreTrainedModel, target: PreTrainedModel) -> None:
+    """Let the base stop where the target stops and read as far (contract §1.7)."""
+    base.config.eos_token_id = target.config.eos_token_id
+    base.config.max_position_embeddings = target.config.max_position_embeddings
+    if base.generation_config is not None and target.generation_config is not None:
+        base.generation_config.eos_token_id = target.generation_config.eos_token_id
 
 
 def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
@@ -178,11 +187,15 @@ def load_adapted(
         role = "base" if base is None else "target"
         raise UserError(f"{role}: {directory} does not say which model it was; pass {role}=…")
     pair = PairConfig(base=base, target=target, dtype=dtype)
-    model = load_model("base", base, origin.base_revision, pair, device)
+    donor = load_model("base", base, origin.base_revision, pair, device)
+    model = load_model("target", target, origin.target_revision, pair, device)
     if origin.backbone == "target":
-        donor, model = model, load_model("target", target, origin.target_revision, pair, device)
         check_pair(donor.config, model.config, accept=ACCEPTABLE)
         take_mlps(model, donor)
+    else:
+        check_pair(donor.config, model.config, backbone="base")
+        _end_like(donor, model)
+        model = donor
     return checkpoint.load(model.eval(), directory)
 
 

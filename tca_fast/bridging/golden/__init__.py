@@ -38,8 +38,6 @@ STEPS: dict[str, type[nn.Module]] = {"plain": BridgingObjective}
 _EDGES = "edges_rows_features_then_logits_cols_features_then_tokens"
 _NO_EDGES = "RelP attribution is not in this release"
 _NO_ENCODER = "depends on the encoder of a fresh start, which is not in the folder"
-_COPIED_FROM_TARGET = ("max_position_embeddings", "eos_token_id")
-_COPIED = "the reference copies the target's; ours keeps the base's, on which no loss depends"
 _NOT_RECOMPUTED = {
     ("config_after_assembly",): "names of columns",
     ("_about",): "says how the folder was made",
@@ -210,9 +208,7 @@ def _check_configs(compare: Comparison, streams: Streams, base: Streams | None) 
         compare.claim(("config_after_assembly", field))
         name = f"config_after_assembly.{field}"
         of_base, of_adapted, of_target = columns
-        if configs[0] is None or field in _COPIED_FROM_TARGET:
-            compare.checks.append(Check(f"{name}, base backbone", "", f"{of_base}", note=_COPIED))
-        else:
+        if configs[0] is not None:
             compare.exact(f"{name}, base backbone", _setting(configs[0], field), f"{of_base}")
         note = "the target's own, as it is used throughout"
         if of_adapted != of_target:
