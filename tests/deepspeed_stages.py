@@ -11,7 +11,11 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
+import tca_fast.training.run as running
 from tca_fast.config import load_config
+from tca_fast.errors import UserError
 from tca_fast.training.run import train
 from tca_fast.training.trainer import Trainer
 
@@ -44,8 +48,6 @@ def main() -> None:
         output = config.parent / f"stage{stage}"
         run = [f"run.output_dir={output}", "run.save_steps=0"]
         deepspeed = settings(config.parent, stage)
-        import tca_fast.training.run as running
-
         running.Trainer = InterruptedTrainer
         result = train(load_config(config, run), deepspeed, show_progress=False)
         running.Trainer = Trainer
@@ -55,6 +57,31 @@ def main() -> None:
         assert not result.interrupted and result.step == result.total_steps, result
         unbroken = [f"run.output_dir={config.parent}/unbroken{stage}", "run.save_steps=0"]
         train(load_config(config, unbroken), deepspeed, show_progress=False)
+    fill_disk(config)
+
+
+def fill_disk(config: Path) -> None:
+    """The disk of rank 1 is full at the second checkpoint: both ranks have to hear of it."""
+    output = config.parent / "full"
+    save = torch.save
+
+    def fail(state, path, **options):
+        if os.environ["RANK"] == "1" and "step_000004" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file")
+        save(state, path, **options)
+
+    torch.save = fail
+    run = [f"run.output_dir={output}", "run.save_steps=2", "run.max_steps=5"]
+    try:
+        train(load_config(config, run), settings(config.parent, 2), show_progress=False)
+    except UserError as error:
+        assert "step 4 could not be saved" in str(error), error
+    else:
+        raise AssertionError("a shard that could not be written went unnoticed")
+    finally:
+        torch.save = save
+    torch.distributed.barrier()
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_000002"]
 
 
 if __name__ == "__main__":

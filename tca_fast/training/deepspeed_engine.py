@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class DeepSpeedGroup:
             ) from None
         _skip_shared_memory_op()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # DeepSpeed calls collectives by names that newer torch releases replace.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
         alone = "WORLD_SIZE" not in os.environ
         if alone:
             _describe_group_of_one()
@@ -197,6 +200,8 @@ class DeepSpeedEngine(Engine):
             optimizer=make_optimizer(list(self.parameters.values()), config.optimizer),
             config=group.settings,
         )
+        # Its scripts that merge shards are of no use: the adapters lie beside, whole.
+        self.engine._copy_recovery_script = lambda save_path: None
         self.stage = int(self.engine.zero_optimization_stage())
         self.name = f"deepspeed stage={self.stage} ranks={self.num_ranks}"
 
@@ -257,10 +262,17 @@ class DeepSpeedEngine(Engine):
             yield
 
     def save_state(self, directory: Path) -> None:
-        """Write DeepSpeed's shards of parameters and moments."""
-        self.engine.save_checkpoint(
-            str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True
-        )
+        """Write DeepSpeed's shards of parameters and moments.
+
+        Raises:
+            UserError: on the ranks whose shards cannot be written or read back.
+        """
+        with _reported_later(self.engine.checkpoint_engine) as failures:
+            self.engine.save_checkpoint(
+                str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True
+            )
+        if failures:
+            raise UserError(failures[0])
 
     def load_state(self, directory: Path) -> None:
         """Read the shards back, bit-exact.
@@ -289,6 +301,31 @@ class DeepSpeedEngine(Engine):
 def _check_norm(norm: float) -> None:
     if norm != norm or norm == float("inf"):
         raise FloatingPointError(f"gradient norm is {norm}")
+
+
+@contextlib.contextmanager
+def _reported_later(writer: Any) -> Iterator[list[str]]:
+    """Collect what DeepSpeed's checkpoint writer fails to write instead of letting it raise.
+
+    A rank that left `save_checkpoint` half-way would leave the others waiting at its barriers.
+    Every shard is opened again after it was written.
+    """
+    failures: list[str] = []
+    save = writer.save
+
+    def save_and_check(state_dict: Any, path: str) -> None:
+        try:
+            save(state_dict, path)
+            torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        except (OSError, RuntimeError, EOFError) as error:
+            reason = " ".join(str(error).split())[:160]
+            failures.append(f"{path}: cannot be written whole ({reason}); free some space")
+
+    writer.save = save_and_check
+    try:
+        yield failures
+    finally:
+        del writer.save
 
 
 class _Drop:
