@@ -98,9 +98,7 @@ def by_hand(model: PreTrainedModel, target: PreTrainedModel, rows: list[tuple[Te
                 errors[i] += sum(x * x for x in (h[t] - h_target[t]).tolist())
                 energies[i] += sum(x * x for x in h_target[t].tolist())
     elements = 24 * real
-    nmse = [
-        (e / elements) / (n / elements + 1e-8) for e, n in zip(errors, energies, strict=True)
-    ]
+    nmse = [(e / elements) / (n / elements + 1e-8) for e, n in zip(errors, energies, strict=True)]
     return kl / counted, agreed / counted, nmse, counted, real
 
 
@@ -206,8 +204,7 @@ def test_reasoning_counts_what_the_responses_show() -> None:
     raw = generate_greedily(model, PROMPTS, eos_ids=eos, max_new_tokens=8)
     texts = [DigitTokenizer().decode(ids, True) for ids in raw]
     problems = [
-        Problem(prompt, texts[i] if i in (0, 3) else "never")
-        for i, prompt in enumerate(PROMPTS)
+        Problem(prompt, texts[i] if i in (0, 3) else "never") for i, prompt in enumerate(PROMPTS)
     ]
     ticks: list[int] = []
     measured = measure_reasoning(

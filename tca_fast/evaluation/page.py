@@ -209,9 +209,7 @@ def _charts(report: RunReport) -> str:
         for key in ("kl", "nmse", "l0")
         if any(row.get(key) is not None for row in report.history)
     ]
-    figures = "".join(
-        f'<figure class="panel">{chart_svg(name, report)}</figure>' for name in names
-    )
+    figures = "".join(f'<figure class="panel">{chart_svg(name, report)}</figure>' for name in names)
     return f'<div class="charts">{figures}</div>'
 
 
