@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/tca-fast demo
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
