@@ -70,6 +70,24 @@ def test_ctrl_c_while_evaluating_keeps_the_adapters(trained, monkeypatch, capsys
     assert sorted(path.name for path in trained.iterdir()) == before
 
 
+def test_ctrl_c_while_training_prints_the_command_that_goes_on(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    from tca_fast.training import run
+    from tca_fast.training.trainer import TrainResult
+
+    stopped_at = TrainResult(5, 9, True, tmp_path / "step_000005", None)
+    monkeypatch.setattr(run, "train", lambda config: stopped_at)
+    with pytest.raises(typer.Exit) as stopped:
+        module.demo(SHORT[:1], out=tmp_path / "a run", l1_weight=0.5)
+    assert stopped.value.exit_code == 130
+    command = (
+        f"tca-fast demo --out '{tmp_path}/a run' run.max_steps=3 objective.l1_weight=0.5 "
+        "run.resume_from_checkpoint=latest"
+    )
+    assert command in capsys.readouterr().out
+
+
 def test_unknown_settings_are_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'l1_weight'"):
         module.demo(["objective.l1_wieght=1"], out=tmp_path / "run")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -86,21 +87,27 @@ def demo(
         raise UserError("--out: missing; --skip-training needs the directory of a trained demo")
     out = out or _free_directory(Path("runs"), "demo")
     recipe = out / "config.yaml" if skip_training else _recipe()
-    config = _config(recipe, out, seed, l1_weight, overrides or [])
+    settings = list(overrides or [])
+    settings += [] if seed is None else [f"run.seed={seed}"]
+    settings += [] if l1_weight is None else [f"objective.l1_weight={l1_weight}"]
+    config = _config(recipe, out, settings)
     console = Console()
     seconds: dict[str, float] = {}
     with _timed(seconds, "total"):
         if not skip_training:
             with _timed(seconds, "training"):
-                _train(console, config)
+                _train(console, config, settings)
         try:
             with _timed(seconds, "evaluation"):
                 held_out = _held_out(config, num_problems)
                 results = _evaluate(_load_models(config, out / "adapter"), held_out)
         except KeyboardInterrupt:
             console.print(
-                f"Interrupted. The trained adapters are in {out / 'adapter'}; "
-                f"tca-fast demo --out {out} --skip-training evaluates them."
+                f"Interrupted. The trained adapters are in {out / 'adapter'}; evaluate them with:\n"
+                f"{shlex.join(['tca-fast', 'demo', '--out', str(out), '--skip-training'])}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
             )
             raise typer.Exit(130) from None
     report = _report(config, results, held_out, out, seconds)
@@ -126,9 +133,7 @@ def _recipe() -> Path:
     return Path(str(miniature.__file__)).with_name("recipe.yaml")
 
 
-def _config(
-    recipe: Path, out: Path, seed: int | None, l1_weight: float | None, overrides: Sequence[str]
-) -> TrainConfig:
+def _config(recipe: Path, out: Path, settings: Sequence[str]) -> TrainConfig:
     from tca_fast import miniature
     from tca_fast.config import load_config
 
@@ -142,22 +147,24 @@ def _config(
         }
     except FileNotFoundError as error:
         raise UserError(f"miniature: {error}") from None
-    settings = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
-    if seed is not None:
-        settings.append(f"run.seed={seed}")
-    if l1_weight is not None:
-        settings.append(f"objective.l1_weight={l1_weight!r}")
-    return load_config(recipe, [*settings, *overrides])
+    located = [f"{key}={json.dumps(str(path))}" for key, path in paths.items()]
+    return load_config(recipe, [*located, *settings])
 
 
-def _train(console: Console, config: TrainConfig) -> None:
+def _train(console: Console, config: TrainConfig, settings: Sequence[str]) -> None:
     from tca_fast.training.run import train
 
     result = train(config)
     if result.interrupted:
+        resume = "run.resume_from_checkpoint="
+        kept = [setting for setting in settings if not setting.startswith(resume)]
+        command = ["tca-fast", "demo", "--out", config.run.output_dir, *kept, f"{resume}latest"]
         console.print(
-            f"Interrupted after step {result.step} of {result.total_steps}; go on with "
-            f"tca-fast demo --out {config.run.output_dir} run.resume_from_checkpoint=latest"
+            f"Interrupted after step {result.step} of {result.total_steps}; go on with:\n"
+            f"{shlex.join(command)}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
         )
         raise typer.Exit(130)
 
