@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tca_fast.training.trainer import TrainResult
 
 INTERRUPTED = 130
+SECONDS_FOR_RANK_0 = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,9 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         result = train(config, deepspeed)
     except UserError as error:
-        # Every rank meets the same error; one line is enough.
-        if is_main:
-            Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
+        if not is_main:
+            # Nearly always rank 0 meets the same error, says so, and the launcher ends the others
+            # within this wait; what only this rank met has to be said here.
+            time.sleep(SECONDS_FOR_RANK_0)
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
         return 2
     if is_main:
         report(

@@ -224,6 +224,16 @@ def test_only_the_newest_checkpoints_are_kept(pair, tmp_path):
     assert kept == ["step_000006", "step_000009", "step_000012"]
 
 
+def test_an_older_checkpoint_sets_the_later_ones_aside(pair, unbroken, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(unbroken, output)
+    older = f"run.resume_from_checkpoint={output}/checkpoints/step_000008"
+    start(pair, output, older, "run.save_steps=9", "run.save_total_limit=1")
+    assert records(output) == records(unbroken)
+    kept = sorted(path.name for path in (output / "checkpoints").iterdir())
+    assert kept == ["step_000018", "superseded_step_000016"]
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -354,6 +364,12 @@ def test_loggers_get_the_figures(pair, tmp_path, monkeypatch):
         steps = [step for step, figures in recorder.logged if "train/loss" in figures]
         assert steps == [1, 2] and recorder.finished
         assert recorder.options["name"] == "mine" and recorder.options["resume"] == "allow"
+
+
+@pytest.mark.parametrize("name", ["miniature", "r1_distill_1p5b", "r1_distill_7b", "qwq_32b"])
+def test_shipped_configurations_load(name):
+    config = load_config(Path(__file__).parent.parent / "configs" / f"{name}.yaml")
+    assert config.run.output_dir == f"runs/{name}"
 
 
 # The command

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -33,6 +34,7 @@ from tca_fast.training.state import (
     find_checkpoint,
     load_ages,
     read_progress,
+    set_aside_later,
     together,
 )
 from tca_fast.training.trainer import Trainer, TrainResult
@@ -60,24 +62,22 @@ def train(
         UserError: any mistake in configuration, data, models or checkpoint, and a full disk.
     """
     device = resolve_device(config.run.device)
+    output_dir = Path(config.run.output_dir)
+    if config.run.resume_from_checkpoint is None:
+        _refuse_used(output_dir)
+    else:
+        find_checkpoint(config.run.resume_from_checkpoint, output_dir)
     group = None
     if deepspeed is not None:
         from tca_fast.training.deepspeed_engine import DeepSpeedEngine, DeepSpeedGroup
 
         group = DeepSpeedGroup(Path(deepspeed), config, device)
         device = group.device
-    rank, num_ranks = (group.rank, group.num_ranks) if group else (0, 1)
-    corpora = _open_corpora(config)
-    plan = BatchPlan.from_config(config.run, len(corpora["train"]), num_ranks)
-    tokenizer = _tokenizer(config)
-    encoders = {name: Encoder(tokenizer, config.data, f"data.{name}") for name in corpora}
-    caches: dict[str, dict[int, Encoded]] = {name: {} for name in corpora}
-    for name, corpus in corpora.items():
-        check_lengths(corpus, encoders[name], caches[name])
+    data = _read_data(config, group.num_ranks if group else 1)
     streams = load_streams(config.pair, config.adapter, seed=config.run.seed, device=str(device))
     # Cutoffs that do not fit the model are a mistake to report before the first step.
     sample_cutoffs(config.objective, streams.num_layers, seed=config.run.seed, step=0)
-    for encoder in encoders.values():
+    for encoder in data.encoders.values():
         encoder.vocab_size = streams.reference.get_input_embeddings().weight.shape[0]
     provenance = _provenance(config, streams)
     objective = BridgingObjective(streams, config.objective)
@@ -87,22 +87,59 @@ def train(
     else:
         engine = LocalEngine(objective, config.optimizer, device)
     ages = FeatureAges(streams.num_layers, config.adapter.num_features).to(device)
-    progress = _begin(config, engine, plan, ages)
+    progress = _begin(config, engine, data.plan, ages)
     with together(engine):
         log = _open_log(config, progress, engine, show_progress)
-    _note_skipped(corpora, log)
-    validation = _validation_batch(config, corpora, encoders, rank, num_ranks)
-    trainer = Trainer(config, engine, streams, provenance, plan, progress, ages, validation, log)
-    steps = range(progress.step, progress.total_steps)
     try:
-        return trainer.run(
-            step_batches(
-                corpora["train"], encoders["train"], plan, steps, rank, num_ranks, caches["train"]
-            )
+        _note_skipped(data.corpora, log)
+        validation = _validation_batch(config, data, engine)
+        trainer = Trainer(
+            config, engine, streams, provenance, data.plan, progress, ages, validation, log
         )
+        return trainer.run(_training_batches(data, engine, progress))
     finally:
         log.close()
         engine.close()
+
+
+class _Data(NamedTuple):
+    """Files by split, how each is encoded, what is encoded already, and the steps of training."""
+
+    corpora: dict[str, Corpus]
+    encoders: dict[str, Encoder]
+    cache: dict[int, Encoded] | None
+    plan: BatchPlan
+
+
+def _read_data(config: TrainConfig, num_ranks: int) -> _Data:
+    sources = {"train": config.data.train, "validation": config.data.validation}
+    corpora = {
+        name: open_corpus(source, f"data.{name}", config.data.bad_lines)
+        for name, source in sources.items()
+        if source is not None
+    }
+    plan = BatchPlan.from_config(config.run, len(corpora["train"]), num_ranks)
+    tokenizer = _tokenizer(config)
+    encoders = {name: Encoder(tokenizer, config.data, f"data.{name}") for name in corpora}
+    # Ids that are needed once only are not worth the memory.
+    again = config.run.num_epochs > 1 or not config.data.truncate
+    cache: dict[int, Encoded] | None = {} if again else None
+    for name, corpus in corpora.items():
+        check_lengths(corpus, encoders[name], cache if name == "train" else None)
+    return _Data(corpora, encoders, cache, plan)
+
+
+def _training_batches(data: _Data, engine: Engine, progress: Progress) -> Iterator[StepBatch]:
+    """This rank's share of every step that is left."""
+    return step_batches(
+        data.corpora["train"],
+        data.encoders["train"],
+        data.plan,
+        range(progress.step, progress.total_steps),
+        engine.rank,
+        engine.num_ranks,
+        data.cache,
+    )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -119,15 +156,6 @@ def resolve_device(name: str) -> torch.device:
             "run.device=cpu or auto, or install a CUDA build of torch"
         )
     return torch.device(name)
-
-
-def _open_corpora(config: TrainConfig) -> dict[str, Corpus]:
-    sources = {"train": config.data.train, "validation": config.data.validation}
-    return {
-        name: open_corpus(source, f"data.{name}", config.data.bad_lines)
-        for name, source in sources.items()
-        if source is not None
-    }
 
 
 def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
@@ -158,23 +186,20 @@ def _begin(config: TrainConfig, engine: Engine, plan: BatchPlan, ages: FeatureAg
     """Where the run stands: at its beginning, or where its checkpoint left off."""
     run, output_dir = config.run, Path(config.run.output_dir)
     total_steps = plan.total_steps(run.num_epochs, run.max_steps)
-    with together(engine):
-        if run.resume_from_checkpoint is None:
-            if engine.rank == 0:
-                _refuse_used(output_dir)
-        else:
-            checkpoint = find_checkpoint(run.resume_from_checkpoint, output_dir)
-            progress = read_progress(checkpoint, config, plan.num_sequences, engine.name)
-            load_ages(checkpoint, ages)
     if run.resume_from_checkpoint is None:
         run_id = engine.gather_text(uuid.uuid4().hex[:12])[0]
         progress = Progress(0, total_steps, plan.num_sequences, 0, 0, run_id, engine.name)
     else:
+        checkpoint = find_checkpoint(run.resume_from_checkpoint, output_dir)
+        with together(engine):
+            progress = read_progress(checkpoint, config, plan.num_sequences, engine.name)
+            load_ages(checkpoint, ages)
         with together(engine):
             engine.load_state(checkpoint)
     progress.total_steps = total_steps
     with together(engine):
         if engine.rank == 0:
+            set_aside_later(output_dir, progress.step)
             with Replacement(output_dir) as files:
                 files.write(CONFIG_NAME, lambda path: dump_config(config, path))
                 files.commit()
@@ -213,17 +238,11 @@ def _note_skipped(corpora: dict[str, Corpus], log: RunLog) -> None:
             )
 
 
-def _validation_batch(
-    config: TrainConfig,
-    corpora: dict[str, Corpus],
-    encoders: dict[str, Encoder],
-    rank: int,
-    num_ranks: int,
-) -> StepBatch | None:
+def _validation_batch(config: TrainConfig, data: _Data, engine: Engine) -> StepBatch | None:
     """This rank's share of the first `eval_samples` validation sequences."""
-    if "validation" not in corpora or not config.run.eval_steps:
+    if "validation" not in data.corpora or not config.run.eval_steps:
         return None
-    corpus = corpora["validation"]
+    corpus = data.corpora["validation"]
     indices = list(range(min(config.run.eval_samples, len(corpus))))
-    dealt = deal(indices, config.run.per_device_train_batch_size, rank, num_ranks)
-    return make_step_batch(corpus, encoders["validation"], dealt)
+    dealt = deal(indices, config.run.per_device_train_batch_size, engine.rank, engine.num_ranks)
+    return make_step_batch(corpus, data.encoders["validation"], dealt)

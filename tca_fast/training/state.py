@@ -114,6 +114,21 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     return path
 
 
+def set_aside_later(output_dir: Path, step: int) -> None:
+    """Rename checkpoints of steps after `step`, which are about to be trained again.
+
+    Their weights belong to another continuation than the one that starts now: they must not be
+    taken for its "latest", nor push its own out of `run.save_total_limit`.
+    """
+    for path in checkpoints(output_dir):
+        if int(path.name.removeprefix("step_")) > step:
+            name, number = f"superseded_{path.name}", 1
+            while path.with_name(name).exists():
+                number += 1
+                name = f"superseded_{path.name}_{number}"
+            path.rename(path.with_name(name))
+
+
 def save_checkpoint(
     output_dir: Path,
     config: TrainConfig,
