@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -268,6 +269,9 @@ def step_batches(
     it happens here, and `cache` remembers it for the next epoch.
     """
     num_workers = encoder.config.num_workers
+    if num_workers:
+        # The workers are the parallelism; without this the tokenizers library warns at every fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     dataset = _Steps(corpus, encoder, plan, rank, num_ranks, None if num_workers else cache)
     loader = DataLoader(
         dataset,

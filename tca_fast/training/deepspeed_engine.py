@@ -277,6 +277,9 @@ class DeepSpeedEngine(Engine):
     def load_state(self, directory: Path) -> None:
         """Read the shards back, bit-exact.
 
+        DeepSpeed pickles them: resume only from checkpoints of one's own. What is meant to be
+        passed on is `adapter/` beside them.
+
         Raises:
             UserError: they are missing or damaged.
         """

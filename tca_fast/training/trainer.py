@@ -62,6 +62,18 @@ class _Accumulated(NamedTuple):
     fired: Tensor
 
 
+@dataclass
+class _Speed:
+    """Real tokens and the seconds spent on their steps; validation and saving do not count."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.seconds, 1e-9)
+
+
 class Trainer:
     """Runs the optimizer steps of one rank and everything that happens between them.
 
@@ -96,7 +108,8 @@ class Trainer:
         self.output_dir = Path(config.run.output_dir)
         self.num_warmup = warmup_steps(progress.total_steps, config.optimizer.warmup_ratio)
         self.saved: Path | None = None
-        self._seconds, self._tokens = 0.0, 0
+        self._since_log = _Speed()
+        self._since_start = _Speed()
 
     def run(self, batches: Iterator[StepBatch]) -> TrainResult:
         """Train on `batches`, one per remaining optimizer step, then save the adapters.
@@ -157,8 +170,9 @@ class Trainer:
         self.progress.step += 1
         self.progress.tokens_seen += totals.real_tokens
         self.progress.sequences_seen += totals.sequences
-        self._seconds += time.perf_counter() - started
-        self._tokens += totals.real_tokens
+        for speed in (self._since_log, self._since_start):
+            speed.seconds += time.perf_counter() - started
+            speed.tokens += totals.real_tokens
         self._log_step(sums.figures, totals, rate, norm)
 
     def _accumulate(
@@ -212,8 +226,7 @@ class Trainer:
         self, figures: dict[str, float], totals: _Totals, rate: float, norm: float
     ) -> None:
         step, run = self.progress.step, self.config.run
-        speed = self._tokens / max(self._seconds, 1e-9)
-        self.log.progress(figures, speed)
+        self.log.progress(figures, self._since_start.tokens_per_second)
         if step % run.logging_steps and step != self.progress.total_steps:
             return
         dead = self.ages.num_dead(run.dead_after_tokens)
@@ -227,10 +240,10 @@ class Trainer:
             "epoch": step / self.plan.steps_per_epoch,
             "tokens_seen": self.progress.tokens_seen,
             "sequences_seen": self.progress.sequences_seen,
-            "tokens_per_second": speed,
+            "tokens_per_second": self._since_log.tokens_per_second,
         }
         self.log.log("train", step, record)
-        self._seconds, self._tokens = 0.0, 0
+        self._since_log = _Speed()
 
     def _between_steps(self) -> None:
         step, run = self.progress.step, self.config.run
