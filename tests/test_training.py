@@ -207,7 +207,11 @@ def test_interrupted_runs_resume_bitwise(pair, unbroken, tmp_path, monkeypatch, 
     # A killed job may leave half a line and lines of steps that were never saved.
     with (tmp_path / "run" / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": step + 1, "split": "train", "loss": 0}) + '\n{"step": 3, "sp')
+    unfinished = tmp_path / "run" / "checkpoints" / ".step_000012.tmp"
+    unfinished.mkdir()
+    (unfinished / "optimizer.safetensors").write_bytes(b"some of it")
     result = start(pair, tmp_path / "run", *options, "run.resume_from_checkpoint=latest")
+    assert not unfinished.exists()
     assert not result.interrupted and result.step == 20
     for split in ("train", "validation"):
         assert records(tmp_path / "run", split) == records(unbroken, split)

@@ -31,6 +31,7 @@ from tca_fast.training.logs import RunLog
 from tca_fast.training.state import (
     Progress,
     checkpoints,
+    clear_unfinished,
     find_checkpoint,
     load_ages,
     read_progress,
@@ -199,6 +200,7 @@ def _begin(config: TrainConfig, engine: Engine, plan: BatchPlan, ages: FeatureAg
     progress.total_steps = total_steps
     with together(engine):
         if engine.rank == 0:
+            clear_unfinished(output_dir)
             set_aside_later(output_dir, progress.step)
             with Replacement(output_dir) as files:
                 files.write(CONFIG_NAME, lambda path: dump_config(config, path))

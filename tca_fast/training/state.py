@@ -114,6 +114,12 @@ def find_checkpoint(name: str, output_dir: Path) -> Path:
     return path
 
 
+def clear_unfinished(output_dir: Path) -> None:
+    """Remove what a killed job left of a checkpoint it was writing."""
+    for path in (output_dir / "checkpoints").glob(".step_*.tmp"):
+        shutil.rmtree(path)
+
+
 def set_aside_later(output_dir: Path, step: int) -> None:
     """Rename checkpoints of steps after `step`, which are about to be trained again.
 
