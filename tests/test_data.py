@@ -1,6 +1,6 @@
 """Files, prompt formats, truncation, masks, padding and data order, against hand-written ids."""
 
-import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -377,6 +377,10 @@ def test_an_error_while_tokenizing_arrives_as_one_line(tmp_path, num_workers):
 
 def test_a_file_that_changes_during_training_is_noticed(tmp_path):
     corpus = corpus_of(tmp_path)
-    write(tmp_path / "d.jsonl", json.dumps({}) * 20)
-    with pytest.raises(UserError, match="line 3 changed during training"):
+    before = corpus.conversation(2)
+    os.utime(tmp_path / "d.jsonl", ns=(0, corpus.stamp[1]))
+    assert corpus.conversation(2) == before
+    # Still whole conversations, but others.
+    corpus_of(tmp_path, 8)
+    with pytest.raises(UserError, match="d.jsonl changed during training .it is another file"):
         corpus.conversation(2)

@@ -6,7 +6,9 @@ the offsets of the usable lines stay in memory. Tokenizing happens when a sequen
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,8 @@ class Corpus:
         field: the configuration field that named it, for messages.
         offsets: byte offset of every usable line.
         line_numbers: its number in the file, from 1.
+        digest: of the file's bytes, so that a run is resumed on the data it began with.
+        stamp: size and modification time at the scan; any later change is an error.
         num_skipped: malformed lines passed over because `data.bad_lines` is "skip".
         first_skipped: the complaint about the first of them.
     """
@@ -66,6 +70,8 @@ class Corpus:
     field: str
     offsets: list[int]
     line_numbers: list[int]
+    digest: str
+    stamp: tuple[int, int]
     num_skipped: int = 0
     first_skipped: str = ""
 
@@ -81,12 +87,14 @@ class Corpus:
         number = self.line_numbers[index]
         try:
             with self.path.open("rb") as file:
+                if _stamp(os.fstat(file.fileno())) != self.stamp:
+                    raise _BadLine("it is another file than the one that was checked")
                 file.seek(self.offsets[index])
                 return _parse(file.readline(), number)
         except (OSError, _BadLine) as error:
             raise UserError(
-                f"{self.field}: {self.path} line {number} changed during training ({error}); "
-                "restore the file and resume"
+                f"{self.field}: {self.path} changed during training ({error}); restore the file "
+                "and resume"
             ) from None
 
 
@@ -105,8 +113,10 @@ def open_corpus(source: str, field: str, bad_lines: str = "error") -> Corpus:
     path = _download(source, field) if source.startswith("hf://") else Path(source).expanduser()
     offsets: list[int] = []
     line_numbers: list[int] = []
+    digest = hashlib.sha256()
     num_skipped, first_skipped = 0, ""
     for number, offset, line in _lines(path, field):
+        digest.update(line)
         if not line.strip():
             continue
         try:
@@ -129,7 +139,20 @@ def open_corpus(source: str, field: str, bad_lines: str = "error") -> Corpus:
             f"{field}: {path} holds no conversation, {why}{detail}; give a JSONL file with "
             "'conversations' in every line"
         )
-    return Corpus(path, field, offsets, line_numbers, num_skipped, first_skipped)
+    return Corpus(
+        path,
+        field,
+        offsets,
+        line_numbers,
+        digest.hexdigest()[:16],
+        _stamp(path.stat()),
+        num_skipped,
+        first_skipped,
+    )
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def _download(source: str, field: str) -> Path:

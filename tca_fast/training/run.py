@@ -88,7 +88,7 @@ def train(
     else:
         engine = LocalEngine(objective, config.optimizer, device)
     ages = FeatureAges(streams.num_layers, config.adapter.num_features).to(device)
-    progress = _begin(config, engine, data.plan, ages)
+    progress = _begin(config, engine, data, ages)
     with together(engine):
         log = _open_log(config, progress, engine, show_progress)
     try:
@@ -183,17 +183,18 @@ def _provenance(config: TrainConfig, streams: Streams) -> Provenance:
     )
 
 
-def _begin(config: TrainConfig, engine: Engine, plan: BatchPlan, ages: FeatureAges) -> Progress:
+def _begin(config: TrainConfig, engine: Engine, data: _Data, ages: FeatureAges) -> Progress:
     """Where the run stands: at its beginning, or where its checkpoint left off."""
     run, output_dir = config.run, Path(config.run.output_dir)
-    total_steps = plan.total_steps(run.num_epochs, run.max_steps)
+    digest = data.corpora["train"].digest
+    total_steps = data.plan.total_steps(run.num_epochs, run.max_steps)
     if run.resume_from_checkpoint is None:
         run_id = engine.gather_text(uuid.uuid4().hex[:12])[0]
-        progress = Progress(0, total_steps, plan.num_sequences, 0, 0, run_id, engine.name)
+        progress = Progress(0, total_steps, digest, 0, 0, run_id, engine.name)
     else:
         checkpoint = find_checkpoint(run.resume_from_checkpoint, output_dir)
         with together(engine):
-            progress = read_progress(checkpoint, config, plan.num_sequences, engine.name)
+            progress = read_progress(checkpoint, config, digest, engine.name)
             load_ages(checkpoint, ages)
         with together(engine):
             engine.load_state(checkpoint)

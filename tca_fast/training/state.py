@@ -66,7 +66,7 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         total_steps: steps of the run, the length of the schedule.
-        num_sequences: sequences in the training file; data order depends on it.
+        data_digest: of the training file; sequences are found by their place in it.
         tokens_seen: real tokens trained on.
         sequences_seen: sequences trained on.
         run_id: name of the run for loggers, kept over resumes.
@@ -75,7 +75,7 @@ class Progress:
 
     step: int
     total_steps: int
-    num_sequences: int
+    data_digest: str
     tokens_seen: int
     sequences_seen: int
     run_id: str
@@ -308,9 +308,7 @@ def _clear(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def read_progress(
-    checkpoint: Path, config: TrainConfig, num_sequences: int, engine: str
-) -> Progress:
+def read_progress(checkpoint: Path, config: TrainConfig, data_digest: str, engine: str) -> Progress:
     """Read where a checkpoint stands, after checking that it belongs to this run.
 
     Raises:
@@ -337,7 +335,7 @@ def read_progress(
             f"{path}: not a readable training state ({error}); resume from another checkpoint"
         ) from None
     for field, theirs, ours in (
-        ("data.train: number of sequences", progress.num_sequences, num_sequences),
+        ("data.train: contents (sha256)", progress.data_digest, data_digest),
         ("engine", progress.engine, engine),
     ):
         if theirs != ours:
