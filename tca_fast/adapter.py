@@ -29,9 +29,12 @@ class TranscoderAdapter(nn.Module):
         W_dec: decoder, [F, D].
         b_dec: decoder bias, [D], or None.
         gain: [F] multipliers of the activations, or None while all are 1. Not saved.
+        density: share of features that the last pass on a CPU found active, which sets the memory
+            that the next one reserves; None before the first.
     """
 
     gain: Tensor | None
+    density: float | None = None
 
     def __init__(
         self,
@@ -80,7 +83,7 @@ class TranscoderAdapter(nn.Module):
             UserError: shapes or dtypes that do not fit.
         """
         dtype = x.dtype
-        return ops.adapter(
+        output = ops.adapter(
             x,
             mlp_out,
             self.W_enc.to(dtype),
@@ -90,7 +93,12 @@ class TranscoderAdapter(nn.Module):
             k=self.config.k,
             gain=None if self.gain is None else self.gain.to(dtype),
             token_mask=token_mask,
+            expected_density=self.density,
         )
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
+            pairs = x.numel() // x.shape[-1] * self.config.num_features
+            self.density = int(output.num_active) / pairs
+        return output
 
     def encode(self, x: Tensor) -> ActiveFeatures:
         """Active features of `x` [..., D], before any gain."""

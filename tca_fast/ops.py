@@ -1,17 +1,22 @@
 """The operators: name, schema, shape rule, gradient and backend, once per operator.
 
 The PyTorch dispatcher is the backend table (design §4.1): `reference` serves every device, and a
-faster backend takes a device over by registering for its dispatch key. Callers use the functions
-of this module, which check their arguments; `torch.ops.tca_fast.*` underneath takes a capacity
-for the packed active features as well.
+faster backend takes a device over by registering for its dispatch key, as the compiled extension
+does for the CPU. Callers use the functions of this module, which check their arguments;
+`torch.ops.tca_fast.*` underneath takes a capacity for the packed active features as well, and
+`torch.ops.tca_fast_reference.*` are the same operators without the dispatcher's choice.
 
 Shapes: T tokens, D model width, F features, C capacity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,9 +25,15 @@ from torch import Tensor
 from tca_fast import reference
 from tca_fast.errors import UserError
 
-# A ReLU pass reserves room for this share of all features in its backward; a denser one, as at
-# initialisation, is recomputed there instead, which costs one encoder product.
-_RESERVED_DENSITY = 1 / 16
+# Share of all features for which a ReLU pass reserves room when nothing is known of it. More may
+# fire: they are then computed again in the backward, which costs one encoder product.
+_DEFAULT_DENSITY = 1 / 16
+# From this share on, activations are kept densely: packing twice as many would take as much memory.
+_DENSE_DENSITY = 1 / 4
+
+# Implementations beside the reference: dispatch key and module that registers them.
+_COMPILED = {"cpp": ("CPU", "tca_fast._C")}
+_DISPATCHED, _REFERENCE = "tca_fast", "tca_fast_reference"
 
 _SCHEMAS = {
     "encode": (
@@ -114,12 +125,14 @@ class AdapterOutput(NamedTuple):
         l1: 0-d, Σ over real tokens of Σ_f a_tf·‖W_dec[f]‖ (contract §1.4, before the mean).
         l0: int32 [T], active features of each real token; 0 for masked tokens.
         fired: bool [F], features that were active in some real token.
+        num_active: int64 0-d, active pairs of all tokens, masked ones included.
     """
 
     y: Tensor
     l1: Tensor
     l0: Tensor
     fired: Tensor
+    num_active: Tensor
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int | None = None) -> ActiveFeatures:
@@ -141,7 +154,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int | None = None) -> 
     x_TD = _tokens("x", x, W_enc.shape[-1])
     _check_encoder(x_TD, W_enc, b_enc, k)
     capacity = x_TD.shape[0] * (W_enc.shape[0] if k is None else k)
-    value, row_ptr, feature = torch.ops.tca_fast.encode(x_TD, W_enc, b_enc, k, capacity)
+    value, row_ptr, feature = _operator("encode")(x_TD, W_enc, b_enc, k, capacity)
     return ActiveFeatures(row_ptr, feature, value, W_enc.shape[0])
 
 
@@ -170,9 +183,7 @@ def decode(
     _check("W_dec", W_dec, (num_features, width), active.value)
     _check("b_dec", b_dec, (width,), active.value)
     _check_gain(gain, num_features, active.value)
-    return torch.ops.tca_fast.decode(
-        active.row_ptr, active.feature, active.value, W_dec, b_dec, gain
-    )
+    return _operator("decode")(active.row_ptr, active.feature, active.value, W_dec, b_dec, gain)
 
 
 def adapter(
@@ -186,6 +197,7 @@ def adapter(
     k: int | None = None,
     gain: Tensor | None = None,
     token_mask: Tensor | None = None,
+    expected_density: float | None = None,
 ) -> AdapterOutput:
     """mlp_out + decode(encode(x)) with the sparsity statistics, in one pass (contract §1).
 
@@ -199,6 +211,8 @@ def adapter(
         gain: as in `decode`; the statistics are those before the gain.
         token_mask: bool, the leading dimensions of `x`; False leaves a token out of the
             statistics (its output is computed all the same). None counts every token.
+        expected_density: share of all features expected to be active, for example that of the
+            last batch. It decides how much memory is kept for the backward and never the result.
 
     Returns:
         The output and its statistics; gradients flow through `y` and `l1`.
@@ -221,7 +235,7 @@ def adapter(
                 f"torch.bool of shape {tuple(x.shape[:-1])}, one entry for each token of x"
             )
         token_mask = token_mask.flatten()
-    y_TD, l1, l0_T, fired_F, *_ = torch.ops.tca_fast.adapter(
+    y_TD, l1, l0_T, fired_F, row_ptr, *_ = _operator("adapter")(
         x_TD,
         mlp_out_TD,
         W_enc,
@@ -231,9 +245,9 @@ def adapter(
         gain,
         token_mask,
         k,
-        _reserved(x_TD.shape[0], num_features, k),
+        _capacity(x_TD.shape[0], num_features, k, expected_density),
     )
-    return AdapterOutput(y_TD.view(mlp_out.shape), l1, l0_T, fired_F)
+    return AdapterOutput(y_TD.view(mlp_out.shape), l1, l0_T, fired_F, row_ptr[-1])
 
 
 def backends() -> dict[str, dict[str, str]]:
@@ -242,21 +256,62 @@ def backends() -> dict[str, dict[str, str]]:
     Returns:
         {operator: {"CPU" or "CUDA": backend name}}; "reference" is the plain PyTorch one.
     """
+    names = {key: name for name, (key, _) in _COMPILED.items()}
     return {
-        name: {key: _serving(f"tca_fast::{name}", key) for key in ("CPU", "CUDA")}
-        for name in _SCHEMAS
+        operator: {
+            key: names[key] if key in names and _is_registered(operator, key) else "reference"
+            for key in ("CPU", "CUDA")
+        }
+        for operator in _SCHEMAS
     }
 
 
-def _serving(operator: str, key: str) -> str:
-    taken = torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
-    return f"registered for {key}" if taken else "reference"
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the block's operators with one backend, for tests and benchmarks.
+
+    Args:
+        name: "reference", or "cpp" for the compiled CPU extension.
+
+    Raises:
+        UserError: no such backend, or it is not installed.
+    """
+    global _namespace
+    if name != "reference":
+        if name not in _COMPILED:
+            known = ", ".join(["reference", *_COMPILED])
+            raise UserError(f"backend: {name!r} is not known; choose one of {known}")
+        key, module = _COMPILED[name]
+        if not all(_is_registered(operator, key) for operator in _SCHEMAS):
+            raise UserError(
+                f"backend: {name!r} needs {module}, which is not installed; "
+                "pip install --no-build-isolation tca_fast compiles it"
+            )
+    before, _namespace = _namespace, _REFERENCE if name == "reference" else _DISPATCHED
+    try:
+        yield
+    finally:
+        _namespace = before
 
 
-def _reserved(num_tokens: int, num_features: int, k: int | None) -> int:
+def _operator(name: str) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops, _namespace), name)
+
+
+def _is_registered(operator: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_DISPATCHED}::{operator}", key)
+
+
+def _capacity(
+    num_tokens: int, num_features: int, k: int | None, expected_density: float | None
+) -> int:
+    """Active features to reserve room for: twice what is expected, or all when that is less."""
     if k is not None:
         return num_tokens * k
-    return num_tokens * max(1, int(num_features * _RESERVED_DENSITY))
+    density = _DEFAULT_DENSITY / 2 if expected_density is None else expected_density
+    if density > _DENSE_DENSITY:
+        return num_tokens * num_features
+    return num_tokens * min(num_features, max(4, math.ceil(2 * density * num_features)))
 
 
 def _tokens(name: str, tensor: Tensor, width: int) -> Tensor:
@@ -350,13 +405,18 @@ def _fake_adapter(
     k: int | None,
     capacity: int,
 ) -> Any:
-    sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    row_ptr, feature, value = _fake_packed(x, capacity)
+    num_activations = x.shape[0] * W_enc.shape[0]
+    if reference.keeps_dense(num_activations, capacity):
+        feature, value = feature.new_empty(0), value.new_empty(num_activations)
     return (
         x.new_empty(x.shape),
-        x.new_empty((), dtype=sum_dtype),
+        x.new_empty((), dtype=_sum_dtype(x)),
         x.new_empty(x.shape[0], dtype=torch.int32),
         x.new_empty(W_enc.shape[0], dtype=torch.bool),
-        *_fake_packed(x, capacity),
+        row_ptr,
+        feature,
+        value,
     )
 
 
@@ -390,8 +450,8 @@ def _save_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.save_for_backward(row_ptr, feature, x, W_enc)
 
 
-def _grad_encode(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dW_enc, db_enc = torch.ops.tca_fast.encode_backward(grads[0], *ctx.saved_tensors)
+def _grad_encode(ops: Any, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    dx, dW_enc, db_enc = ops.encode_backward(grads[0], *ctx.saved_tensors)
     return dx, dW_enc, db_enc, None, None
 
 
@@ -401,8 +461,8 @@ def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(row_ptr, feature, value, W_dec, gain)
 
 
-def _grad_decode(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    dvalue, dW_dec = torch.ops.tca_fast.decode_backward(grad_y, *ctx.saved_tensors)
+def _grad_decode(ops: Any, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    dvalue, dW_dec = ops.decode_backward(grad_y, *ctx.saved_tensors)
     db_dec = grad_y.sum(0, dtype=_sum_dtype(grad_y)).to(dW_dec.dtype) if ctx.has_bias else None
     return None, None, dvalue, dW_dec, db_dec, None
 
@@ -414,9 +474,9 @@ def _save_adapter(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(x, W_enc, b_enc, W_dec, gain, token_mask, *output[4:])
 
 
-def _grad_adapter(ctx: Any, grad_y: Tensor, grad_l1: Tensor, *_: Any) -> tuple[Any, ...]:
+def _grad_adapter(ops: Any, ctx: Any, grad_y: Tensor, grad_l1: Tensor, *_: Any) -> tuple[Any, ...]:
     *arguments, row_ptr, feature, value = ctx.saved_tensors
-    dx, dW_enc, db_enc, dW_dec, db_dec = torch.ops.tca_fast.adapter_backward(
+    dx, dW_enc, db_enc, dW_dec, db_dec = ops.adapter_backward(
         grad_y, grad_l1, *arguments, ctx.k, row_ptr, feature, value
     )
     if not ctx.has_bias:
@@ -443,15 +503,22 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def _register() -> None:
+def _register(namespace: str) -> None:
     for name, schema in _SCHEMAS.items():
-        operator = f"tca_fast::{name}"
+        operator = f"{namespace}::{name}"
         torch.library.define(operator, schema)
         torch.library.impl(operator, "CompositeExplicitAutograd", getattr(reference, name))
         torch.library.register_fake(operator, _FAKES[name])
         if name in _GRADIENTS:
             backward, save = _GRADIENTS[name]
-            torch.library.register_autograd(operator, backward, setup_context=save)
+            gradient = partial(backward, getattr(torch.ops, namespace))
+            torch.library.register_autograd(operator, gradient, setup_context=save)
 
 
-_register()
+_namespace = _DISPATCHED
+_register(_DISPATCHED)
+_register(_REFERENCE)
+for _, _module in _COMPILED.values():
+    # Absent, the reference serves; present but broken, the ImportError comes out.
+    if importlib.util.find_spec(_module):
+        importlib.import_module(_module)

@@ -9,7 +9,8 @@ Active features are stored row by row (CSR): token t owns the entries row_ptr[t]
 each a feature index and its activation, in ascending feature order. A feature is active where
 its activation is not zero, so a NaN stays visible. When more features fire than `C`,
 `row_ptr[T] > C` says so; the fused pass then recomputes them in its backward, so that nothing is
-ever dropped (design §4, performance §5 K1).
+ever dropped (design §4, performance §5 K1). The fused pass given room for all T·F activations keeps
+them densely instead: `value` is then [T·F] and `feature` is empty.
 """
 
 import torch
@@ -60,6 +61,11 @@ def unpack(row_ptr: Tensor, feature: Tensor, value: Tensor, num_features: int) -
     dense = value.new_zeros(len(row_ptr) - 1, num_features)
     dense[token, feature[:entries].long()] = value[:entries]
     return dense
+
+
+def keeps_dense(num_activations: int, capacity: int) -> bool:
+    """Whether the fused pass keeps all T·F activations rather than the active ones."""
+    return capacity >= num_activations
 
 
 def encode(x_TD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int | None, capacity: int) -> Packed:
@@ -144,6 +150,9 @@ def adapter(
     dtype = _compute_dtype(x_TD)
     stored_TF = features(x_TD, W_enc_FD, b_enc_F, k)
     features_TF = stored_TF.to(dtype)
+    packed = pack(stored_TF, 0 if keeps_dense(stored_TF.numel(), capacity) else capacity)
+    if keeps_dense(stored_TF.numel(), capacity):
+        packed = packed[0], packed[1], stored_TF.flatten()
     y_TD = mlp_out_TD.to(dtype) + _decode(features_TF, W_dec_FD, b_dec_D, gain_F)
     norm_F = W_dec_FD.to(dtype).norm(dim=1)
     active_TF = stored_TF != 0
@@ -156,7 +165,7 @@ def adapter(
         l1_T.sum(),
         active_TF.sum(1, dtype=torch.int32),
         active_TF.any(0),
-        *pack(stored_TF, capacity),
+        *packed,
     )
 
 
@@ -181,7 +190,9 @@ def adapter_backward(
     norm is 0 (the sub-gradient PyTorch takes, contract §1.2).
     """
     dtype = _compute_dtype(x_TD)
-    if int(row_ptr[-1]) > len(feature):
+    if not len(feature) and len(value) == len(x_TD) * len(W_enc_FD):
+        stored_TF = value.view(len(x_TD), len(W_enc_FD))
+    elif int(row_ptr[-1]) > len(feature):
         stored_TF = features(x_TD, W_enc_FD, b_enc_F, k)
     else:
         stored_TF = unpack(row_ptr, feature, value, W_enc_FD.shape[0])
@@ -241,6 +252,10 @@ def _entries(row_ptr: Tensor, feature: Tensor) -> tuple[Tensor, int]:
             f"row_ptr: {entries} active features do not fit the capacity of {len(feature)}; "
             "encode again with a larger capacity"
         )
+    if int(row_ptr[0]) != 0 or bool((row_ptr.diff() < 0).any()):
+        raise ValueError("row_ptr: must start at 0 and never fall; pack the features again")
+    if bool((feature[:entries] < 0).any()):
+        raise ValueError(f"feature: {int(feature[:entries].min())} is negative; pack again")
     tokens = torch.arange(len(row_ptr) - 1, device=row_ptr.device)
     return tokens.repeat_interleave(row_ptr.diff()), entries
 

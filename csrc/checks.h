@@ -1,0 +1,55 @@
+// Arguments that do not fit are reported by name; kernels behind these checks never look again.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+
+namespace tca_fast {
+
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) {
+    text += (i ? ", " : "") + std::to_string(tensor.sizes()[i]);
+  }
+  return text + "]";
+}
+
+// The tensor as a CPU tensor of the given shape, made contiguous.
+inline Tensor checked(
+    const char* name,
+    const Tensor& tensor,
+    std::initializer_list<int64_t> shape,
+    torch::headeronly::ScalarType dtype) {
+  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
+  std::string expected = "[";
+  int64_t dimension = 0;
+  for (int64_t size : shape) {
+    fits = fits && tensor.sizes()[dimension] == size;
+    expected += (dimension++ ? ", " : "") + std::to_string(size);
+  }
+  STD_TORCH_CHECK(fits, name, ": shape ", shape_of(tensor), ", expected ", expected, "]");
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == dtype, name, ": dtype differs from what the other arguments need");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": is not on the CPU");
+  return torch::stable::contiguous(tensor);
+}
+
+inline std::optional<Tensor> checked(
+    const char* name,
+    const std::optional<Tensor>& tensor,
+    std::initializer_list<int64_t> shape,
+    torch::headeronly::ScalarType dtype) {
+  if (!tensor.has_value()) {
+    return std::nullopt;
+  }
+  return checked(name, *tensor, shape, dtype);
+}
+
+}  // namespace tca_fast
