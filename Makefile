@@ -20,7 +20,7 @@ lint: $(INSTALLED)
 
 # torch comes first: setup.py and deepspeed look for it when they are installed, and a torch
 # that is already there is kept if it fits.
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -28,4 +28,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info tca_fast/*.so
