@@ -62,8 +62,12 @@ def test_every_operator_is_listed_for_cpu_and_cuda_with_a_reason() -> None:
     assert all(row["reason"] for row in found)
 
 
-def test_absent_packages_are_named_with_the_command_that_adds_them(without) -> None:
+def test_absent_packages_are_named_with_the_command_that_adds_them(without, monkeypatch) -> None:
+    from tca_fast import ops
+
     without("triton", "deepspeed", "flash_attn", "flash-attn", "wandb", "tca_fast._C")
+    reference = {"CPU": "reference", "CUDA": "reference"}
+    monkeypatch.setattr(ops, "backends", lambda: {"adapter": reference})
     shown = run()
     assert "pip install deepspeed" in shown
     assert "run.report_to=[wandb]" in shown
@@ -71,7 +75,8 @@ def test_absent_packages_are_named_with_the_command_that_adds_them(without) -> N
     assert found["versions"]["deepspeed"] is None
     assert found["versions"]["triton"] is None
     cpu = [row for row in found["operators"] if row["device"] == "CPU"]
-    assert all("no compiled extension" in row["reason"] for row in cpu)
+    assert all("extension is not installed" in row["reason"] for row in cpu)
+    assert "needs a C++ compiler" in shown
 
 
 def test_what_only_a_gpu_needs_is_asked_for_only_beside_one(without, monkeypatch) -> None:

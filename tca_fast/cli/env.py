@@ -179,11 +179,12 @@ def _operators(devices: list[str]) -> list[Serving]:
 
 
 def _reason(device: str, backend: str, devices: list[str]) -> str:
-    here = device == "CPU" or bool(devices)
-    serves = "serves" if here else "would serve; no CUDA device here"
+    serves = "serves" if device == "CPU" or devices else "would serve; no CUDA device here"
     if backend != "reference":
-        return f"registered for {device}, so it {serves}"
-    why = "nothing faster registered" if _present(EXTENSION) else "no compiled extension installed"
+        return f"the compiled extension is registered for {device}, so it {serves}"
+    why = f"nothing faster is registered for {device}"
+    if device == "CPU":
+        why = "the compiled extension is not installed"
     return f"{why}, so plain PyTorch {serves}"
 
 
@@ -195,6 +196,15 @@ def _missing(devices: list[str]) -> list[Missing]:
         for name, (module, purpose, command) in OPTIONAL.items()
         if not _present(module) and (name not in ("triton", "flash-attn") or devices)
     ]
+    if not _present(EXTENSION):
+        missing.append(
+            Missing(
+                EXTENSION,
+                "sparse operators on the CPU",
+                "pip install --no-build-isolation --force-reinstall --no-deps tca_fast "
+                "(needs a C++ compiler)",
+            )
+        )
     if not devices:
         built = torch.version.cuda is not None
         missing.append(
