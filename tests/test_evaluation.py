@@ -286,6 +286,7 @@ def sample_report() -> RunReport:
         prompts=[f"<b>{i}</b>" for i in range(10)],
         answers=["3"] * 10,
         samples=(0, 8),
+        samples_note="Two & no more.",
         history=[
             {"step": s, "split": split, "kl": 1 / s, "nmse": 0.5 / s, "l0": 200 / s}
             for s in range(1, 40)
@@ -337,7 +338,7 @@ def test_report_files_are_whole_and_load_nothing_from_outside(tmp_path) -> None:
     assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(https?:)?//""", page)
     assert "http" not in page and "<script" not in page and "@import" not in page
     assert "<b>0</b>" not in page and "&lt;b&gt;0&lt;/b&gt;" in page
-    assert "1&amp;2 wait" in page
+    assert "1&amp;2 wait" in page and "Two &amp; no more." in page
     assert page.count("<svg") == page.count("</svg>") == 6
     for figure in ("75.0 %", "1.00 %", "0.96 ×", "1,234"):
         assert figure in page

@@ -31,6 +31,7 @@ h1 { font-size: 30px; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 10p
 h2 { font-size: 19px; letter-spacing: -.005em; margin: 52px 0 14px; }
 .lead { font-size: 18px; color: #3d4453; max-width: 780px; margin: 0; }
 .note { color: var(--soft); font-size: 14px; max-width: 860px; margin: 10px 0 0; }
+.gap { margin: -6px 0 16px; }
 .cards { display: grid; grid-template-columns: repeat(4, 1fr); gap: 16px; margin-top: 30px; }
 .card { background: var(--paper); border: 1px solid var(--line); border-radius: 12px;
   padding: 18px 20px; }
@@ -234,7 +235,8 @@ def _samples(report: RunReport) -> str:
     if not report.samples:
         return ""
     problems = "".join(_sample(report, index) for index in report.samples)
-    return f"<h2>What they write</h2>{problems}"
+    note = f'<p class="note gap">{escape(report.samples_note)}</p>' if report.samples_note else ""
+    return f"<h2>What they write</h2>{note}{problems}"
 
 
 def _sample(report: RunReport, index: int) -> str:

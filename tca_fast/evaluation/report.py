@@ -47,6 +47,7 @@ class RunReport:
         num_features: F, features per layer.
         prompts, answers: of the problems, as text, in the order of the responses.
         samples: indices of the problems shown with all four responses.
+        samples_note: how they were chosen.
         history: the run's log, one mapping per record with `step`, `split` ("train" or
             "validation") and, where known, `kl`, `nmse` and `l0`.
         config: the run's configuration, as plain data.
@@ -60,6 +61,7 @@ class RunReport:
     prompts: Sequence[str]
     answers: Sequence[str]
     samples: Sequence[int] = ()
+    samples_note: str = ""
     history: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
