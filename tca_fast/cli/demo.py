@@ -295,7 +295,7 @@ def _report(
         prompts=held_out.prompts,
         answers=[problem.answer for problem in held_out.problems],
         samples=choose_samples(held_out.domains, [response.correct for response in adapter]),
-        samples_note="The first problem of each domain, and the first that the adapter model fails.",
+        samples_note="The first problem of each domain, and the first the adapter model fails.",
         history=_history(out / "log.jsonl"),
         config=config.model_dump(mode="json"),
         environment={
