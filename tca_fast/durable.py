@@ -70,6 +70,7 @@ class Replacement:
         self._pending.append((temporary, path))
         with self._errors(path):
             write(temporary)
+            _open_to_readers(temporary)
             _flush(temporary)
 
     def commit(self) -> None:
@@ -121,6 +122,13 @@ def _error_number(error: Exception) -> int | None:
         return error.errno
     wrapped = re.search(r"\(os error (\d+)\)", str(error))
     return int(wrapped[1]) if wrapped else None
+
+
+def _open_to_readers(path: Path) -> None:
+    """Permissions of an ordinary new file; safetensors makes files that only the owner reads."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _flush(path: Path) -> None:

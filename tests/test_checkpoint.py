@@ -98,6 +98,12 @@ def test_a_save_leaves_other_files_alone(saved):
     assert set(contents(saved)) == {*FILES, "training_state.json"}
 
 
+def test_files_have_the_permissions_of_ordinary_new_files(saved, tmp_path):
+    (tmp_path / "ordinary").touch()
+    expected = (tmp_path / "ordinary").stat().st_mode
+    assert {file.stat().st_mode for file in saved.iterdir() if file.is_file()} == {expected}
+
+
 def test_tensors_of_another_wrapper_class_load_by_layer(saved):
     path = saved / "adapter_model.safetensors"
     tensors = load_file(path)
