@@ -56,8 +56,8 @@ class Recipe:
     late_from: float = 0.85
     base_steps: int = 3200
     base_lr: float = 3e-3
-    tune_steps: int = 250
-    tune_lr: float = 7e-4
+    tune_steps: int = 900
+    tune_lr: float = 2e-3
     batch_size: int = 32
     base_seed: int = 0
     tune_seed: int = 1
