@@ -213,7 +213,10 @@ class TestRefusedLoad:
             (lambda d: edit_config(d, num_layers="3"), "num_layers is '3'"),
             (lambda d: edit_config(d, num_layers=4), "num_layers.*trained with 4.*has 3"),
             (lambda d: edit_config(d, hidden_size=8), "hidden_size.*trained with 8.*has 24"),
-            (lambda d: edit_config(d, num_features=21), r"is \[20, 24\] float32.*calls for \[21, 24\]"),
+            (
+                lambda d: edit_config(d, num_features=21),
+                r"is \[20, 24\] float32.*calls for \[21, 24\]",
+            ),
             (lambda d: (d / "adapter_config.json").write_text("{"), "not readable as JSON"),
             (lambda d: (d / "adapter_config.json").write_bytes(b"\xff"), "not readable as JSON"),
             (lambda d: (d / "adapter_model.safetensors").unlink(), "safetensors: missing beside"),

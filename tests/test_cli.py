@@ -143,7 +143,9 @@ def test_damaged_weights(config, pair, tmp_path, monkeypatch, capsys, damage):
         (broken / file.name).write_bytes(file.read_bytes())
     weights = broken / "model.safetensors"
     content = weights.read_bytes()
-    weights.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"PK\x03\x04" * 9)
+    weights.write_bytes(
+        content[: len(content) // 2] if damage == "truncated" else b"PK\x03\x04" * 9
+    )
     assert run(monkeypatch, "train", config, f"pair.base={broken}") == 2
     assert_one_line(capsys, "pair.base", str(broken))
 
