@@ -29,12 +29,14 @@ class TranscoderAdapter(nn.Module):
         W_dec: decoder, [F, D].
         b_dec: decoder bias, [D], or None.
         gain: [F] multipliers of the activations, or None while all are 1. Not saved.
-        density: share of features that the last pass on a CPU found active, which sets the memory
-            that the next one reserves; None before the first.
+        expected_density: share of features that a pass reserves memory for, see `ops.adapter`.
+        observed_density: largest share that a pass on a CPU found active since the expectation
+            was last set.
     """
 
     gain: Tensor | None
-    density: float | None = None
+    expected_density: float | None = None
+    observed_density: float | None = None
 
     def __init__(
         self,
@@ -93,12 +95,21 @@ class TranscoderAdapter(nn.Module):
             k=self.config.k,
             gain=None if self.gain is None else self.gain.to(dtype),
             token_mask=token_mask,
-            expected_density=self.density,
+            expected_density=self.expected_density,
         )
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
             pairs = x.numel() // x.shape[-1] * self.config.num_features
-            self.density = int(output.num_active) / pairs
+            density = int(output.num_active) / pairs
+            self.observed_density = max(density, self.observed_density or 0.0)
         return output
+
+    def expect_observed_density(self) -> None:
+        """Reserve memory for what was seen since the last call.
+
+        To be called between steps and not within one: a pass that is run again in the backward
+        (activation checkpointing) has to keep what the first one kept.
+        """
+        self.expected_density, self.observed_density = self.observed_density, None
 
     def encode(self, x: Tensor) -> ActiveFeatures:
         """Active features of `x` [..., D], before any gain."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from tiny import batch, randomise, tiny_llama, tiny_qwen2
 from torch import nn
 
@@ -178,6 +179,23 @@ def test_compiled_adapted_mlp_agrees():
     wrapped, x = adapted.wrapped[0], torch.randn(2, 5, 24)
     compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), wrapped(x))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_agrees(use_reentrant):
+    """Also after the expected density has changed between passes."""
+    model = tiny_qwen2()
+    adapted = tca_fast.attach(model, CONFIG)
+    randomise(adapted)
+    wrapped, adapter = adapted.wrapped[0], adapted.layers[0]
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    inputs = [x, *adapter.parameters()]
+    plain = torch.autograd.grad(wrapped(x).square().sum(), inputs)
+    adapter.expect_observed_density()
+    y = torch.utils.checkpoint.checkpoint(wrapped, x, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    for expected, tensor in zip(plain, inputs, strict=True):
+        torch.testing.assert_close(tensor.grad, expected)
 
 
 def test_attaching_twice_is_refused(model):

@@ -53,6 +53,7 @@ class BridgingObjective(nn.Module):
         """Hold both streams; only the adapters have gradients."""
         super().__init__()
         self.adapter_stream = streams.adapted.model
+        self._adapters = tuple(streams.adapted.layers)
         self.reference_stream = streams.reference
         self.config = config
         self.num_layers = streams.num_layers
@@ -79,6 +80,8 @@ class BridgingObjective(nn.Module):
 
         The micro-batch's NMSE, a ratio, is weighted by its share of the real tokens.
         """
+        for adapter in self._adapters:
+            adapter.expect_observed_density()
         token_mask = attention_mask.bool()
         own_real_tokens = token_mask.sum()
         if label_tokens is None:
