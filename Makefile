@@ -5,13 +5,30 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.tca_fast
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-long sanitize bench lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tca-fast demo
 
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Ten thousand random cases for every operator and backend.
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest tests/test_ops.py -n auto --hypothesis-profile=long
+
+# The extension compiled with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
+SANITIZED := build/sanitized
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r tca_fast $(SANITIZED) && rm -f $(SANITIZED)/tca_fast/*.so
+	CFLAGS="$(SANITIZERS) -g" LDFLAGS="$(SANITIZERS)" \
+		$(BIN)/python setup.py -q build_ext --build-temp build/sanitizing --build-lib $(SANITIZED)
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest tests/test_ops.py
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.layer
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -81,9 +81,7 @@ def cases(draw):
     }
 
 
-@settings(
-    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_adapter_equals_dense_autograd(case):
     """Values and every gradient, at any density, mask, gain, dtype and T, with ties and T = 0."""
