@@ -25,7 +25,11 @@ from tca_fast import ops
 from tca_fast.cli.env import describe_machine
 
 WEIGHTS = ("x", "mlp_out", "W_enc", "b_enc", "W_dec", "b_dec")
+# A pre-activation within rounding of zero may fall on either side in any float32 computation, so
+# errors are judged against those of the dense layer in the same dtype.
 TOLERANCE = 2e-4
+TIMES_DENSE_ERROR = 4
+MOST_GATHERED_BYTES = 2 * 2**30
 
 
 def forward_backward(layer: Layer, tensors: dict[str, Tensor]) -> list[Tensor]:
@@ -50,14 +54,17 @@ def saved_bytes(layer: Layer, tensors: dict[str, Tensor]) -> int:
     return sum(size for pointer, size in sizes.items() if pointer not in arguments)
 
 
-def worst_error(layer: Layer, case: Case, tensors: dict[str, Tensor]) -> float:
-    """Largest relative error, in norm, of outputs and gradients against float64."""
+def exact_results(case: Case, tensors: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs and gradients of the dense layer in float64."""
     exact = {name: t.detach().double().requires_grad_(True) for name, t in tensors.items()}
-    truth = forward_backward(dense_eager(case), exact)
-    found = forward_backward(layer, tensors)
+    return forward_backward(dense_eager(case), exact)
+
+
+def worst_error(layer: Layer, truth: list[Tensor], tensors: dict[str, Tensor]) -> float:
+    """Largest relative error, in norm, of outputs and gradients."""
     return max(
-        ((a.double() - b).norm() / b.norm().clamp(min=1e-12)).item()
-        for a, b in zip(found, truth, strict=True)
+        ((found.double() - exact).norm() / exact.norm().clamp(min=1e-12)).item()
+        for found, exact in zip(forward_backward(layer, tensors), truth, strict=True)
     )
 
 
@@ -66,10 +73,16 @@ def run(case: Case, rounds: int) -> dict[str, Any]:
     tensors = {name: t.requires_grad_(name in WEIGHTS) for name, t in layer_inputs(case).items()}
     layers = {"tca_fast": ours(case), **{name: make(case) for name, make in BASELINES.items()}}
     rows: dict[str, Any] = {}
+    gathered_rows = case.tokens * (case.k or case.l0) * case.width * 4
+    if gathered_rows > MOST_GATHERED_BYTES:
+        del layers["torch sparse"]
+        rows["torch sparse"] = {"absent": f"would gather {gathered_rows / 2**30:.0f} GiB of rows"}
+    truth = exact_results(case, tensors)
+    allowed = max(TOLERANCE, TIMES_DENSE_ERROR * worst_error(dense_eager(case), truth, tensors))
     for name, layer in layers.items():
         layer(*[tensors[argument] for argument in WEIGHTS])
-        error = worst_error(layer, case, tensors)
-        if error > TOLERANCE:
+        error = worst_error(layer, truth, tensors)
+        if error > allowed:
             raise SystemExit(f"{case.name}: {name} is off by {error:.1e}; nothing was timed")
         rows[name] = {"error": error, "saved_bytes": saved_bytes(layer, tensors)}
     x, W_enc = tensors["x"].detach(), tensors["W_enc"].detach()
@@ -114,6 +127,9 @@ def main() -> None:
         results["cases"].append(result)
         print(f"\n{case.name}  (T {case.tokens}, D {case.width}, F {case.features})")
         for name, row in result["rows"].items():
+            if "absent" in row:
+                print(f"  {name:16} absent: {row['absent']}")
+                continue
             print(
                 f"  {name:16} {row['median']:8.1f} ms [{row['low']:.1f}, {row['high']:.1f}]"
                 f"  {row['over_floor']:5.2f}x floor  {row['speedup']:5.2f}x dense eager"
