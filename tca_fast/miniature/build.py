@@ -247,11 +247,15 @@ def round_and_save(
 ) -> Qwen2ForCausalLM:
     """Write ``model`` as bfloat16 with its tokenizer; returns it in fp32 holding exactly the
     written values.
+
+    It is read back from the folder, because casting it up again would leave its rotary table
+    rounded as well.
     """
-    model.to(torch.bfloat16)
-    model.save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return model.to(torch.float32).eval()
+    return Qwen2ForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def build(out: Path, recipe: Recipe) -> dict[str, object]:
@@ -293,7 +297,8 @@ def build(out: Path, recipe: Recipe) -> dict[str, object]:
     for name, style, seed, steps, lr in stages:
         stream = batch_stream(tokenizer, recipe, style, seed=seed, exclude=held_out)
         train(model, stream, steps=steps, lr=lr, label=name)
-        scores[name] = score(round_and_save(model, tokenizer, out / name), tokenizer, val)
+        model = round_and_save(model, tokenizer, out / name)
+        scores[name] = score(model, tokenizer, val)
 
     provenance: dict[str, object] = {
         "made_by": "python -m tca_fast.miniature.build",
