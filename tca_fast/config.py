@@ -90,6 +90,8 @@ class ObjectiveConfig(_Config):
         num_cutoffs: cutoffs drawn per step when `cutoffs` is "uniform"; 0 turns bridging off.
         cutoffs: "uniform" over {0..L}, or the fixed cutoffs of every step.
         loss: "kl" trains on KL to the target and logs the LM loss; "lm" swaps the roles.
+        step: how the passes are run: "shared" computes nothing twice, "plain" runs every model
+            whole and is what the shared step is checked against.
     """
 
     lambda_adapt: float = Field(default=1.0, ge=0)
@@ -99,6 +101,7 @@ class ObjectiveConfig(_Config):
     num_cutoffs: int = Field(default=1, ge=0)
     cutoffs: Literal["uniform"] | list[int] = "uniform"
     loss: Literal["kl", "lm"] = "kl"
+    step: Literal["shared", "plain"] = "shared"
 
 
 class DataConfig(_Config):

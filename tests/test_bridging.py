@@ -8,8 +8,9 @@ from tiny import batch, randomise, tiny_llama, tiny_qwen2
 from torch.nn import functional as F
 
 from tca_fast import AdapterConfig, UserError
-from tca_fast.bridging.objective import BridgingObjective, sample_cutoffs
+from tca_fast.bridging.objective import sample_cutoffs
 from tca_fast.bridging.pair import check_pair, check_tokenizers
+from tca_fast.bridging.steps import STEPS
 from tca_fast.bridging.streams import build_streams, graft, load_adapted
 from tca_fast.config import ObjectiveConfig
 
@@ -214,25 +215,30 @@ def objective_by_hand(streams, config, inputs, cutoffs):
 @pytest.mark.parametrize("backbone", ["target", "base"])
 @pytest.mark.parametrize("cutoffs", [[], [0], [3], [1], [0, 2, 3]], ids=str)
 @pytest.mark.parametrize("loss", ["kl", "lm"])
-def test_objective_and_gradients_equal_the_contract(family, backbone, cutoffs, loss):
+@pytest.mark.parametrize("step", STEPS)
+def test_objective_and_gradients_equal_the_contract(family, backbone, cutoffs, loss, step):
     streams, *_ = streams_of(family, backbone)
     config = ObjectiveConfig(
         loss=loss, lambda_adapt=0.7, l1_weight=0.03, lambda_nmse=1.3, lambda_bridge=1.9
     )
     inputs = batch()
-    output = BridgingObjective(streams, config)(**inputs, cutoffs=cutoffs)
+    output = STEPS[step](streams, config)(**inputs, cutoffs=cutoffs)
     expected = objective_by_hand(streams, config, inputs, cutoffs)
     torch.testing.assert_close(output.loss, expected, rtol=1e-9, atol=1e-12)
     parameters = list(streams.adapted.parameters())
     ours = torch.autograd.grad(output.loss, parameters)
+    # Hugging Face's norms compute in float32 whatever the model, and backward of a scaled gradient
+    # rounds otherwise there than the scaled backward: a few roundings, in norm.
+    allowed = 8 * torch.finfo(torch.float32).eps
     for a, b in zip(ours, torch.autograd.grad(expected, parameters), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
+        assert (a - b).norm() <= allowed * b.norm()
 
 
-def test_shares_of_micro_batches_add_up():
+@pytest.mark.parametrize("step", STEPS)
+def test_shares_of_micro_batches_add_up(step):
     """KL, LM and L1 of two micro-batches, divided by global counts, sum to those of the whole."""
     streams, *_ = streams_of("qwen2")
-    objective = BridgingObjective(streams, ObjectiveConfig())
+    objective = STEPS[step](streams, ObjectiveConfig())
     inputs = batch()
     whole = objective(**inputs, cutoffs=[1]).metrics
     counts = {
@@ -248,11 +254,12 @@ def test_shares_of_micro_batches_add_up():
             torch.testing.assert_close(total[name], whole[name], msg=name)
 
 
-def test_a_batch_without_labels_or_tokens_is_finite():
+@pytest.mark.parametrize("step", STEPS)
+def test_a_batch_without_labels_is_finite(step):
     streams, *_ = streams_of("qwen2")
     inputs = batch()
     inputs["labels"][:] = -100
-    output = BridgingObjective(streams, ObjectiveConfig())(**inputs, cutoffs=[1])
+    output = STEPS[step](streams, ObjectiveConfig())(**inputs, cutoffs=[1])
     assert output.metrics["kl"] == 0 and output.loss.isfinite()
 
 

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_pair import character_tokenizer, make_pair, records
 
-from tca_fast.bridging.objective import BridgingObjective, sample_cutoffs
+from tca_fast.bridging.objective import sample_cutoffs
+from tca_fast.bridging.plain import PlainObjective
 from tca_fast.bridging.streams import load_streams
 from tca_fast.config import load_config
 from tca_fast.errors import UserError
@@ -93,7 +94,7 @@ def test_losses_are_those_of_a_plain_loop(pair, unbroken):
     config = configuration(pair, pair / "whole", "objective.lambda_nmse=0", "run.max_steps=8")
     train(config, show_progress=False)
     streams = load_streams(config.pair, config.adapter, seed=config.run.seed)
-    objective = BridgingObjective(streams, config.objective)
+    objective = PlainObjective(streams, config.objective)
     parameters = list(streams.adapted.parameters())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     corpus = open_corpus(config.data.train, "data.train")

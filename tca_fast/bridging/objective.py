@@ -1,26 +1,24 @@
-"""The training objective in its plain form (contract §3.1-3.5).
+"""The training objective (contract §3.1-3.5): what it weighs and what it reports.
 
-Every bridge is a full forward pass of its own; the result is what any faster step must equal.
+How its forward passes are run is the business of the steps, `plain` and `shared`, which must agree
+key by key.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tca_fast import losses
-from tca_fast.attachment import residual_states
-from tca_fast.bridging.streams import Streams, graft
+from tca_fast.bridging.streams import Streams
 from tca_fast.config import ObjectiveConfig
 from tca_fast.errors import UserError
-from tca_fast.sparsity import record
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from tca_fast.sparsity import SparsityRecorder
 
 
 class StepOutput(NamedTuple):
@@ -42,7 +40,26 @@ class StepOutput(NamedTuple):
     fired: Tensor
 
 
-class BridgingObjective(nn.Module):
+class Passes(NamedTuple):
+    """What the forward passes of a step found.
+
+    Attributes:
+        reference_lm: 0-d, LM loss of the target summed over counted positions, in nats.
+        main: "kl" and "lm" of the adapter stream, 0-d sums likewise.
+        bridges: "{a2r,r2a}_{kl,lm}/cutoff_k" of every mixed model, 0-d sums likewise.
+        states, reference_states: residual streams h_0..h_L of the two models, each [B, S, D].
+        recorder: what the adapters did in the main pass.
+    """
+
+    reference_lm: Tensor
+    main: dict[str, Tensor]
+    bridges: dict[str, Tensor]
+    states: Sequence[Tensor]
+    reference_states: Sequence[Tensor]
+    recorder: SparsityRecorder
+
+
+class BridgingObjective(nn.Module, ABC):
     """KL, NMSE, L1 and both bridging directions, with the weights as optimised (contract §3.5).
 
     J = lambda_adapt·KL + l1_weight·Σ_l L1_l + lambda_nmse·NMSE
@@ -90,22 +107,12 @@ class BridgingObjective(nn.Module):
             real_tokens = own_real_tokens
         label_tokens, real_tokens = label_tokens.clamp(min=1), real_tokens.clamp(min=1)
 
-        with torch.no_grad(), residual_states(self.reference_stream) as reference_states:
-            reference_logits = _logits(self.reference_stream, input_ids, attention_mask)
-        with record(token_mask) as recorder, residual_states(self.adapter_stream) as states:
-            logits = _logits(self.adapter_stream, input_ids, attention_mask)
-
-        def distances(logits: Tensor) -> dict[str, Tensor]:
-            return {
-                "kl": losses.kl_sum(reference_logits, logits, labels) / label_tokens,
-                "lm": losses.lm_sum(logits, labels) / label_tokens,
-            }
-
-        main = distances(logits)
-        l1_L = recorder.l1() / real_tokens
-        nmse_states = _nmse_by_state(states, reference_states, token_mask)
+        passes = self._passes(input_ids, attention_mask, token_mask, labels, cutoffs)
+        main = {name: value / label_tokens for name, value in passes.main.items()}
+        bridges = {name: value / label_tokens for name, value in passes.bridges.items()}
+        l1_L = passes.recorder.l1() / real_tokens
+        nmse_states = _nmse_by_state(passes.states, passes.reference_states, token_mask)
         nmse_states = nmse_states * (own_real_tokens / real_tokens)
-        bridges = self._bridges(input_ids, attention_mask, cutoffs, distances)
 
         config = self.config
         bridge = torch.zeros_like(l1_L[0])
@@ -120,11 +127,11 @@ class BridgingObjective(nn.Module):
         )
         loss = torch.stack([weight * term for weight, term in terms if weight > 0]).sum()
 
-        l0_L = recorder.l0() / real_tokens
+        l0_L = passes.recorder.l0() / real_tokens
         metrics = {
             "loss": loss,
             **main,
-            "reference_lm": losses.lm_sum(reference_logits, labels) / label_tokens,
+            "reference_lm": passes.reference_lm / label_tokens,
             "l1": l1_L.sum(),
             "l0": l0_L.mean(),
             "nmse": nmse_states.mean(),
@@ -134,30 +141,19 @@ class BridgingObjective(nn.Module):
             **{f"nmse/state_{i}": value for i, value in enumerate(nmse_states)},
             **bridges,
         }
-        return StepOutput(
-            loss, {name: value.detach() for name, value in metrics.items()}, recorder.fired()
-        )
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return StepOutput(loss, metrics, passes.recorder.fired())
 
-    def _bridges(
+    @abstractmethod
+    def _passes(
         self,
         input_ids: Tensor,
         attention_mask: Tensor,
+        token_mask: Tensor,
+        labels: Tensor,
         cutoffs: Sequence[int],
-        distances: Callable[[Tensor], dict[str, Tensor]],
-    ) -> dict[str, Tensor]:
-        """KL and LM of every mixed model; the end cutoffs have one direction only."""
-        values = {}
-        for cutoff in cutoffs:
-            directions = {}
-            if cutoff >= 1:
-                directions["a2r"] = (self.adapter_stream, self.reference_stream)
-            if cutoff < self.num_layers:
-                directions["r2a"] = (self.reference_stream, self.adapter_stream)
-            for direction, (front, back) in directions.items():
-                logits = _logits(graft(front, back, cutoff), input_ids, attention_mask)
-                for name, value in distances(logits).items():
-                    values[f"{direction}_{name}/cutoff_{cutoff}"] = value
-        return values
+    ) -> Passes:
+        """Run both streams and every mixed model; at the end cutoffs one direction only."""
 
 
 def sample_cutoffs(config: ObjectiveConfig, num_layers: int, *, seed: int, step: int) -> list[int]:
@@ -187,10 +183,6 @@ def sample_cutoffs(config: ObjectiveConfig, num_layers: int, *, seed: int, step:
         )
     draw = random.Random(f"{seed}:{step}")
     return sorted(draw.sample(range(num_layers + 1), config.num_cutoffs))
-
-
-def _logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
 
 def _nmse_by_state(

@@ -104,11 +104,11 @@ def graft(front: PreTrainedModel, back: PreTrainedModel, cutoff: int) -> PreTrai
     architecture's own forward runs.
     """
     front_parts, back_parts = decoder_parts(front), decoder_parts(back)
-    mixed = _copy_container(back)
+    mixed = copy_container(back)
     decoder: nn.Module = mixed
     *path, layers_name = back_parts.layers_name.split(".")
     for name in path:
-        decoder._modules[name] = _copy_container(decoder.get_submodule(name))
+        decoder._modules[name] = copy_container(decoder.get_submodule(name))
         decoder = decoder.get_submodule(name)
     layers = [*front_parts.layers[:cutoff], *back_parts.layers[cutoff:]]
     decoder._modules[layers_name] = nn.ModuleList(layers)
@@ -118,7 +118,8 @@ def graft(front: PreTrainedModel, back: PreTrainedModel, cutoff: int) -> PreTrai
     return mixed
 
 
-def _copy_container(module: Any) -> Any:
+def copy_container(module: Any) -> Any:
+    """A module whose children can be exchanged; children and everything else are shared."""
     container = copy.copy(module)
     container._modules = dict(module._modules)
     return container

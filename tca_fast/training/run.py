@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tca_fast.bridging.objective import BridgingObjective, sample_cutoffs
+from tca_fast.bridging.objective import sample_cutoffs
+from tca_fast.bridging.steps import STEPS
 from tca_fast.bridging.streams import Streams, load_streams, load_tokenizer
 from tca_fast.checkpoint import Provenance
 from tca_fast.config import TrainConfig, dump_config
@@ -81,7 +82,7 @@ def train(
     for encoder in data.encoders.values():
         encoder.vocab_size = streams.reference.get_input_embeddings().weight.shape[0]
     provenance = _provenance(config, streams)
-    objective = BridgingObjective(streams, config.objective)
+    objective = STEPS[config.objective.step](streams, config.objective)
     engine: Engine
     if group:
         engine = DeepSpeedEngine(objective, config, group)

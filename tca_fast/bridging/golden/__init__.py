@@ -14,26 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tca_fast.bridging.golden import losses
 from tca_fast.bridging.golden.comparison import Check, Comparison
 from tca_fast.bridging.golden.folder import GRADIENTS, OUTPUTS, RELP, GoldenFolder, read_golden
 from tca_fast.bridging.golden.prompt import check_attribution_prompt
 from tca_fast.bridging.golden.recomputation import Recomputation
-from tca_fast.bridging.objective import BridgingObjective
 from tca_fast.bridging.pair import ACCEPTABLE
+from tca_fast.bridging.steps import STEPS
 from tca_fast.bridging.streams import Streams
 from tca_fast.errors import UserError
 from tca_fast.formats.paper import tensor_name, to_paper
 
-__all__ = ["STEPS", "Check", "LearningRate", "verify"]
+__all__ = ["Check", "LearningRate", "verify"]
 
 #: Learning rate of a step, from (step, peak, total steps, warm-up steps).
 LearningRate = Callable[[int, float, int, int], float]
-
-#: Forms of the training step, by the name that `verify` takes.
-STEPS: dict[str, type[nn.Module]] = {"plain": BridgingObjective}
 
 _EDGES = "edges_rows_features_then_logits_cols_features_then_tokens"
 _NO_EDGES = "RelP attribution is not in this release"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tca_fast.attachment import residual_states
 from tca_fast.bridging.golden.folder import GoldenFolder
-from tca_fast.bridging.objective import StepOutput
+from tca_fast.bridging.objective import BridgingObjective, StepOutput
 from tca_fast.bridging.pair import ACCEPTABLE
 from tca_fast.bridging.streams import Streams, graft, load_streams
 from tca_fast.config import ObjectiveConfig, PairConfig
@@ -53,7 +53,7 @@ class Recomputation:
     """
 
     folder: GoldenFolder
-    objective: type[nn.Module]
+    objective: type[BridgingObjective]
 
     def streams(self, backbone: str = "target", *, fresh: bool = False) -> Streams:
         """Both streams from base/ and target/, with the adapters of adapter/ unless fresh.
