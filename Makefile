@@ -27,8 +27,12 @@ sanitize: $(INSTALLED)
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest tests/test_ops.py
 
+# Every operator and the layer, timed on this machine alone. BENCH takes options of the suites, such
+# as BENCH="--only 7B"; benchmarks/README.md has them.
+RESULTS ?= benchmarks/results/$(shell git describe --always --dirty).json
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks.layer
+	$(BIN)/python -m pytest benchmarks/bench_layer.py benchmarks/bench_ops.py -q --benchmark-quiet \
+		--out $(RESULTS) $(BENCH)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -41,7 +45,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[deepspeed,test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[deepspeed,triton,test]"
 	touch $@
 
 clean:

@@ -47,7 +47,9 @@ def extensions() -> list:
 
 
 setup(
-    packages=find_packages(include=["tca_fast", "tca_fast.*"]),
+    # Not a folder of the package: `kernels` at the root would shadow Hugging Face's `kernels`.
+    packages=[*find_packages(include=["tca_fast", "tca_fast.*"]), "tca_fast.kernels"],
+    package_dir={"tca_fast.kernels": "kernels/src"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -4,7 +4,8 @@ The PyTorch dispatcher is the backend table (design §4.1): `reference` serves e
 faster backend takes a device over by registering for its dispatch key, as the compiled extension
 does for the CPU. Callers use the functions of this module, which check their arguments;
 `torch.ops.tca_fast.*` underneath takes a capacity for the packed active features as well, and
-`torch.ops.tca_fast_reference.*` are the same operators without the dispatcher's choice.
+`torch.ops.tca_fast_reference.*` and `torch.ops.tca_fast_triton.*` are the same operators without
+the dispatcher's choice.
 
 Shapes: T tokens, D model width, F features, C capacity.
 """
@@ -25,15 +26,23 @@ from torch import Tensor
 from tca_fast import reference
 from tca_fast.errors import UserError
 
-# Share of all features for which a ReLU pass reserves room when nothing is known of it. More may
-# fire: they are then computed again in the backward, which costs one encoder product.
-_DEFAULT_DENSITY = 1 / 16
-# From this share on, activations are kept densely: packing twice as many would take as much memory.
-_DENSE_DENSITY = 1 / 4
+# Share of all features expected to be active when nothing is known of it, by kind of device. More
+# may fire: on a CPU they are then computed again in the backward, which costs one encoder product;
+# a CUDA device, which cannot be asked, starts with dense products.
+_DEFAULT_DENSITY = {"cpu": 1 / 32, "cuda": 1.0}
+# From this share on, activations are kept densely. On a CPU, packing twice as many would take as
+# much memory; on CUDA, dense products are faster from about here on (performance §3b).
+_DENSE_DENSITY = {"cpu": 1 / 4, "cuda": 1 / 128}
 
-# Implementations beside the reference: dispatch key and module that registers them.
-_COMPILED = {"cpp": ("CPU", "tca_fast._C")}
-_DISPATCHED, _REFERENCE = "tca_fast", "tca_fast_reference"
+# Implementations beside the reference: the device they serve, the module that holds them, and what
+# installs it.
+_BACKENDS = {
+    "cpp": ("CPU", "tca_fast._C", "pip install --no-build-isolation tca_fast compiles it"),
+    "triton": ("CUDA", "triton", "pip install triton"),
+}
+# `cpp` is what the dispatcher takes for the CPU; it has no namespace of its own.
+_NAMESPACES = {"cpp": "tca_fast", "reference": "tca_fast_reference", "triton": "tca_fast_triton"}
+_DISPATCHED = "tca_fast"
 
 _SCHEMAS = {
     "encode": (
@@ -245,7 +254,7 @@ def adapter(
         gain,
         token_mask,
         k,
-        _capacity(x_TD.shape[0], num_features, k, expected_density),
+        _capacity(x_TD.shape[0], num_features, k, expected_density, x_TD.device.type),
     )
     return AdapterOutput(y_TD.view(mlp_out.shape), l1, l0_T, fired_F, row_ptr[-1])
 
@@ -256,10 +265,10 @@ def backends() -> dict[str, dict[str, str]]:
     Returns:
         {operator: {"CPU" or "CUDA": backend name}}; "reference" is the plain PyTorch one.
     """
-    names = {key: name for name, (key, _) in _COMPILED.items()}
+    names = {key: name for name, (key, _, _) in _BACKENDS.items()}
     return {
         operator: {
-            key: names[key] if key in names and _is_registered(operator, key) else "reference"
+            key: names[key] if _is_registered(operator, key) else "reference"
             for key in ("CPU", "CUDA")
         }
         for operator in _SCHEMAS
@@ -271,23 +280,26 @@ def backend(name: str) -> Iterator[None]:
     """Run the block's operators with one backend, for tests and benchmarks.
 
     Args:
-        name: "reference", or "cpp" for the compiled CPU extension.
+        name: "reference"; "cpp", the compiled CPU extension; or "triton", which needs a CUDA
+            device or Triton's interpreter (TRITON_INTERPRET=1 before the first import).
 
     Raises:
-        UserError: no such backend, or it is not installed.
+        UserError: no such backend, or it is not installed, or nothing here can run it.
     """
     global _namespace
-    if name != "reference":
-        if name not in _COMPILED:
-            known = ", ".join(["reference", *_COMPILED])
-            raise UserError(f"backend: {name!r} is not known; choose one of {known}")
-        key, module = _COMPILED[name]
+    if name not in _NAMESPACES:
+        known = ", ".join(sorted(_NAMESPACES))
+        raise UserError(f"backend: {name!r} is not known; choose one of {known}")
+    if name in _BACKENDS:
+        key, module, remedy = _BACKENDS[name]
         if not all(_is_registered(operator, key) for operator in _SCHEMAS):
-            raise UserError(
-                f"backend: {name!r} needs {module}, which is not installed; "
-                "pip install --no-build-isolation tca_fast compiles it"
-            )
-    before, _namespace = _namespace, _REFERENCE if name == "reference" else _DISPATCHED
+            raise UserError(f"backend: {name!r} needs {module}, which is not installed; {remedy}")
+    if name == "triton" and not torch.cuda.is_available() and not _triton_is_interpreted():
+        raise UserError(
+            "backend: 'triton' needs a CUDA device and there is none; set TRITON_INTERPRET=1 to "
+            "run its kernels in Triton's interpreter"
+        )
+    before, _namespace = _namespace, _NAMESPACES[name]
     try:
         yield
     finally:
@@ -302,14 +314,21 @@ def _is_registered(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_DISPATCHED}::{operator}", key)
 
 
+def _triton_is_interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
 def _capacity(
-    num_tokens: int, num_features: int, k: int | None, expected_density: float | None
+    num_tokens: int, num_features: int, k: int | None, expected_density: float | None, device: str
 ) -> int:
     """Active features to reserve room for: twice what is expected, or all when that is less."""
     if k is not None:
         return num_tokens * k
-    density = _DEFAULT_DENSITY / 2 if expected_density is None else expected_density
-    if density > _DENSE_DENSITY:
+    regime = device if device in _DENSE_DENSITY else "cuda"
+    density = _DEFAULT_DENSITY[regime] if expected_density is None else expected_density
+    if density > _DENSE_DENSITY[regime]:
         return num_tokens * num_features
     return num_tokens * min(num_features, max(4, math.ceil(2 * density * num_features)))
 
@@ -503,11 +522,11 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-def _register(namespace: str) -> None:
+def _register(namespace: str, implementation: Callable[[str], Callable[..., Any]]) -> None:
     for name, schema in _SCHEMAS.items():
         operator = f"{namespace}::{name}"
         torch.library.define(operator, schema)
-        torch.library.impl(operator, "CompositeExplicitAutograd", getattr(reference, name))
+        torch.library.impl(operator, "CompositeExplicitAutograd", implementation(name))
         torch.library.register_fake(operator, _FAKES[name])
         if name in _GRADIENTS:
             backward, save = _GRADIENTS[name]
@@ -515,10 +534,28 @@ def _register(namespace: str) -> None:
             torch.library.register_autograd(operator, gradient, setup_context=save)
 
 
+def _reference(name: str) -> Callable[..., Any]:
+    return getattr(reference, name)
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    """An operator in Triton, whose import waits for the first call."""
+
+    def run(*arguments: Any) -> Any:
+        from tca_fast.kernels import operators
+
+        return getattr(operators, name)(*arguments)
+
+    return run
+
+
 _namespace = _DISPATCHED
-_register(_DISPATCHED)
-_register(_REFERENCE)
-for _, _module in _COMPILED.values():
-    # Absent, the reference serves; present but broken, the ImportError comes out.
-    if importlib.util.find_spec(_module):
-        importlib.import_module(_module)
+_register(_DISPATCHED, _reference)
+_register(_NAMESPACES["reference"], _reference)
+# Absent, the reference serves; present but broken, the ImportError comes out.
+if importlib.util.find_spec("tca_fast._C"):
+    importlib.import_module("tca_fast._C")
+if importlib.util.find_spec("triton"):
+    _register(_NAMESPACES["triton"], _triton)
+    for _name in _SCHEMAS:
+        torch.library.impl(f"{_DISPATCHED}::{_name}", "CUDA", _triton(_name))

@@ -1,0 +1,228 @@
+"""The operators, put together from the kernels; what each means is in `tca_fast.reference`.
+
+Nothing here waits for the device, and every size is known from the arguments, so a call can be
+captured in a CUDA graph. Products with whole weights go to the vendor's library.
+
+Shapes: T tokens, D model width, F features, C capacity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tca_fast.kernels import by_feature, dense, launch, pack
+from tca_fast.kernels.gather import gather_rows, norms
+from tca_fast.kernels.product import overflow_product
+from tca_fast.kernels.select import Counts, select
+
+
+def encode(
+    x_TD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int | None, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Active features of every token as (value [C], row_ptr [T+1], feature [C])."""
+    z_TF = torch.addmm(b_enc_F, x_TD, W_enc_FD.T)
+    counts = Counts.empty(*z_TF.shape, z_TF.device)
+    bits = select(z_TF, None, k, counts)
+    packed = pack.fill(z_TF, bits, counts.row_ptr(), capacity)
+    return packed.value, packed.row_ptr, packed.feature
+
+
+def encode_backward(
+    grad_value_C: Tensor, row_ptr: Tensor, feature: Tensor, x_TD: Tensor, W_enc_FD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dx [T,D], dW_enc [F,D], db_enc [F]) of packed activations."""
+    x_TD, W_enc_FD, da = x_TD.contiguous(), W_enc_FD.contiguous(), grad_value_C.contiguous()
+    pairs = pack.by_feature(row_ptr, feature, W_enc_FD.shape[0])
+    dW_enc, db_enc = by_feature.encoder_gradients(row_ptr, pairs, da, x_TD)
+    dx, _ = gather_rows(row_ptr, feature, da, W_enc_FD)
+    return dx, dW_enc, db_enc
+
+
+def decode(
+    row_ptr: Tensor,
+    feature: Tensor,
+    value: Tensor,
+    W_dec_FD: Tensor,
+    b_dec_D: Tensor | None,
+    gain_F: Tensor | None,
+) -> Tensor:
+    """y_t = b_dec + Σ_f g_f·a_tf·W_dec[f] as [T, D].
+
+    More entries than fit, or a feature outside 0..F-1, gives NaN: the device finds out, and the
+    host does not wait for it.
+    """
+    y_TD, _ = gather_rows(
+        row_ptr, feature, value.contiguous(), W_dec_FD.contiguous(), gain=gain_F, bias=b_dec_D,
+        poison=True,
+    )  # fmt: skip
+    return y_TD
+
+
+def decode_backward(
+    grad_y_TD: Tensor,
+    row_ptr: Tensor,
+    feature: Tensor,
+    value: Tensor,
+    W_dec_FD: Tensor,
+    gain_F: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients (dvalue [C], dW_dec [F,D]) of `decode`."""
+    W_dec_FD = W_dec_FD.contiguous()
+    pairs = pack.by_feature(row_ptr, feature, W_dec_FD.shape[0])
+    return by_feature.decoder_gradients(
+        row_ptr, pairs, value.contiguous(), grad_y_TD.contiguous(), W_dec_FD, gain_F
+    )
+
+
+def adapter(
+    x_TD: Tensor,
+    mlp_out_TD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    W_dec_FD: Tensor,
+    b_dec_D: Tensor | None,
+    gain_F: Tensor | None,
+    token_mask_T: Tensor | None,
+    k: int | None,
+    capacity: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The adapter branch and its statistics: (y, l1, l0, fired, row_ptr, feature, value)."""
+    z_TF = torch.addmm(b_enc_F, x_TD, W_enc_FD.T)
+    num_tokens, num_features = z_TF.shape
+    mlp_out_TD, W_dec_FD = mlp_out_TD.contiguous(), W_dec_FD.contiguous()
+    mask = _as_bytes(token_mask_T)
+    counts = Counts.empty(num_tokens, num_features, z_TF.device)
+    keeps_dense = capacity >= z_TF.numel()
+
+    if k is None and keeps_dense:
+        y_TD, l1_T = _dense_forward(z_TF, None, mlp_out_TD, W_dec_FD, b_dec_D, gain_F, mask, counts)
+        packed = _kept_dense(counts.row_ptr(), z_TF)
+        return y_TD, l1_T.sum(), counts.l0, counts.fired.bool(), *packed
+
+    bits = select(z_TF, mask, k, counts)
+    row_ptr = counts.row_ptr()
+    packed = pack.fill(z_TF, bits, row_ptr, 0 if keeps_dense else capacity)
+    if _by_products(k, capacity, num_tokens, num_features):
+        y_TD, l1_T = _dense_forward(z_TF, bits, mlp_out_TD, W_dec_FD, b_dec_D, gain_F, mask, None)
+        if keeps_dense:
+            packed = _kept_dense(row_ptr, z_TF)
+    else:
+        y_TD, l1_T = gather_rows(
+            *packed, W_dec_FD, gain=gain_F, base=mlp_out_TD, bias=b_dec_D,
+            norm=norms(W_dec_FD, wanted=counts.fired), token_mask=mask,
+        )  # fmt: skip
+        assert l1_T is not None
+        if not _always_fits(k, capacity, num_tokens, num_features):
+            overflow = launch.Overflow(row_ptr, capacity)
+            norm = norms(W_dec_FD, overflow=overflow)
+            dense.activate(z_TF, bits, norm, mask, None, l1_T, overflow)
+            scaled = z_TF if gain_F is None else z_TF * gain_F
+            overflow_product(scaled, W_dec_FD, y_TD, overflow, base=mlp_out_TD, bias=b_dec_D)
+    return y_TD, l1_T.sum(), counts.l0, counts.fired.bool(), *packed
+
+
+def adapter_backward(
+    grad_y_TD: Tensor,
+    grad_l1: Tensor,
+    x_TD: Tensor,
+    W_enc_FD: Tensor,
+    b_enc_F: Tensor,
+    W_dec_FD: Tensor,
+    gain_F: Tensor | None,
+    token_mask_T: Tensor | None,
+    k: int | None,
+    row_ptr: Tensor,
+    feature: Tensor,
+    value: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients (dx, dW_enc, db_enc, dW_dec, db_dec) of `adapter`."""
+    x_TD, W_enc_FD, W_dec_FD = x_TD.contiguous(), W_enc_FD.contiguous(), W_dec_FD.contiguous()
+    upstream = dense.Upstream(grad_y_TD.contiguous(), grad_l1, gain_F, _as_bytes(token_mask_T))
+    db_dec = upstream.y.sum(0, dtype=launch.sum_dtype(x_TD.dtype)).to(x_TD.dtype)
+    num_tokens, num_features, capacity = x_TD.shape[0], W_enc_FD.shape[0], len(feature)
+
+    if not capacity and value.numel() == num_tokens * num_features:
+        features_TF = value.view(num_tokens, num_features)
+    elif _by_products(k, capacity, num_tokens, num_features):
+        features_TF = pack.unpack(pack.Packed(row_ptr, feature, value), num_features)
+    else:
+        pairs = pack.by_feature(row_ptr, feature, num_features)
+        da, dW_enc, db_enc, dW_dec = by_feature.adapter_gradients(
+            row_ptr, pairs, value, x_TD, W_dec_FD, upstream
+        )
+        dx, _ = gather_rows(row_ptr, feature, da, W_enc_FD)
+        out = dense.Gradients(dx, dW_enc, db_enc, dW_dec)
+        if not _always_fits(k, capacity, num_tokens, num_features):
+            overflow = launch.Overflow(row_ptr, capacity)
+            features_TF = _features_again(x_TD, W_enc_FD, b_enc_F, k, overflow)
+
+            def product(a: Tensor, b: Tensor, result: Tensor) -> None:
+                overflow_product(a, b, result, overflow)
+
+            dense.backward(features_TF, x_TD, W_enc_FD, W_dec_FD, upstream, out, product, overflow)
+        return out.x, out.W_enc, out.b_enc, out.W_dec, db_dec
+
+    out = dense.Gradients.empty(x_TD, W_enc_FD)
+    dense.backward(
+        features_TF, x_TD, W_enc_FD, W_dec_FD, upstream, out,
+        lambda a, b, result: torch.mm(a, b, out=result),
+    )  # fmt: skip
+    return out.x, out.W_enc, out.b_enc, out.W_dec, db_dec
+
+
+def _always_fits(k: int | None, capacity: int, num_tokens: int, num_features: int) -> bool:
+    most = num_features if k is None else min(k, num_features)
+    return capacity >= num_tokens * most
+
+
+def _by_products(k: int | None, capacity: int, num_tokens: int, num_features: int) -> bool:
+    """Whether the pass is computed by dense products: known from the arguments, never counted."""
+    if capacity >= num_tokens * num_features:
+        return True
+    return (
+        k is not None
+        and capacity >= num_tokens * k
+        and not launch.gathers(num_tokens * k, num_tokens, num_features)
+    )
+
+
+def _kept_dense(row_ptr: Tensor, features_TF: Tensor) -> pack.Packed:
+    empty = torch.empty(0, dtype=torch.int32, device=features_TF.device)
+    return pack.Packed(row_ptr, empty, features_TF.flatten())
+
+
+def _dense_forward(
+    z_TF: Tensor,
+    bits: Tensor | None,
+    mlp_out_TD: Tensor,
+    W_dec_FD: Tensor,
+    b_dec_D: Tensor | None,
+    gain_F: Tensor | None,
+    mask_T: Tensor | None,
+    counts: Counts | None,
+) -> tuple[Tensor, Tensor]:
+    """(y [T, D], l1 [T]) by one dense product; `z` becomes the activations."""
+    norm = norms(W_dec_FD)
+    l1_T = torch.empty(len(z_TF), dtype=norm.dtype, device=z_TF.device)
+    dense.activate(z_TF, bits, norm, mask_T, counts, l1_T)
+    base = mlp_out_TD if b_dec_D is None else mlp_out_TD + b_dec_D
+    scaled = z_TF if gain_F is None else z_TF * gain_F
+    return torch.addmm(base, scaled, W_dec_FD), l1_T
+
+
+def _features_again(
+    x_TD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int | None, overflow: launch.Overflow
+) -> Tensor:
+    """The activations of a forward pass that overflowed, computed once more."""
+    z_TF = x_TD.new_empty(x_TD.shape[0], W_enc_FD.shape[0])
+    overflow_product(x_TD, W_enc_FD.T, z_TF, overflow, bias=b_enc_F)
+    bits = None
+    if k is not None:
+        bits = select(z_TF, None, k, Counts.empty(*z_TF.shape, z_TF.device), overflow)
+    dense.activate(z_TF, bits, None, None, None, None, overflow)
+    return z_TF
+
+
+def _as_bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous().view(torch.uint8)
