@@ -1,126 +1,15 @@
-"""Operators against dense autograd, and against torch's own checks."""
+"""Operators against torch's own checks, and the properties that no random case shows."""
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from operator_cases import gradients, raw, weights
 from tiny import dense_adapter
 
 from tca_fast import ops
 from tca_fast.errors import UserError
 
 T, D, F = 7, 5, 11
-BACKENDS = ["reference", "cpp"]
-
-
-@pytest.fixture(params=BACKENDS, name="backend", autouse=True)
-def _backend(request):
-    """Every test runs on every backend that serves the CPU; none may be missing."""
-    with ops.backend(request.param):
-        yield request.param
-
-
-def raw(name):
-    """The operator underneath, of the backend under test."""
-    return ops._operator(name)
-
-
-def weights(T=T, D=D, F=F, dtype=torch.float64, seed=0, grad=True):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(T, D), (T, D), (F, D), (F,), (F, D), (D,)]
-    tensors = [torch.randn(s, dtype=torch.float64, generator=generator) for s in shapes]
-    return [tensor.to(dtype).requires_grad_(grad) for tensor in tensors]
-
-
-def gradients(outputs, inputs, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    upstream = [
-        torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs
-    ]
-    grads = torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)
-    return [torch.zeros_like(i) if g is None else g for g, i in zip(grads, inputs, strict=True)]
-
-
-def assert_as_good_as(ours, eager, truth, dtype):
-    """Our error is at most twice that of eager PyTorch in the same dtype, plus a floor.
-
-    The floor is two roundings of a half-precision result, and what a sum of about a hundred terms
-    gathers where sums are as precise as their terms.
-    """
-    roundings = 2 if torch.finfo(dtype).bits == 16 else 64
-    for a, b, c in zip(ours, eager, truth, strict=True):
-        assert a.shape == c.shape
-        if not c.numel():
-            continue
-        scale = c.abs().max().clamp(min=1)
-        floor = roundings * torch.finfo(dtype).eps * scale
-        allowed = 2 * (b.double() - c).abs().max() + floor
-        assert (a.double() - c).abs().max() <= allowed
-
-
-@st.composite
-def cases(draw):
-    shape = {
-        "T": draw(st.sampled_from([0, 1, 2, 9, 40])),
-        "D": draw(st.sampled_from([1, 3, 8, 33])),
-        "F": draw(st.sampled_from([1, 4, 17, 100])),
-    }
-    return {
-        "shape": shape,
-        "k": draw(st.none() | st.integers(1, shape["F"])),
-        "bias_shift": draw(st.sampled_from([-99.0, -9.0, -1.0, 0.0, 99.0])),  # empty to full
-        "hot": draw(st.booleans()),  # one feature fires for every token
-        "density": draw(st.none() | st.sampled_from([0.0, 0.01, 0.5, 1.0])),  # what is expected
-        "mask": draw(st.none() | st.lists(st.booleans(), min_size=40, max_size=40)),
-        "gain": draw(st.sampled_from([None, 0.0, 1.0, -2.5])),
-        "decoder_bias": draw(st.booleans()),
-        "zero_decoder": draw(st.booleans()),
-        "quantised": draw(st.booleans()),  # makes ties
-        "dtype": draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
-        "seed": draw(st.integers(0, 10**6)),
-    }
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(case=cases())
-def test_adapter_equals_dense_autograd(case):
-    """Values and every gradient, at any density, mask, gain, dtype and T, with ties and T = 0."""
-    dtype = case["dtype"]
-    tensors = weights(**case["shape"], seed=case["seed"], grad=False)
-    tensors[3] += case["bias_shift"]
-    if case["hot"]:
-        tensors[3][0] = 99
-    if case["quantised"]:
-        tensors = [tensor.round() for tensor in tensors]
-    if case["zero_decoder"]:
-        tensors[4] = torch.zeros_like(tensors[4])
-    if not case["decoder_bias"]:
-        tensors[5] = None
-    tensors = [None if t is None else t.to(dtype) for t in tensors]
-    k = case["k"]
-    if k is not None and dtype == torch.bfloat16:
-        k = None  # rounding may reorder near-ties: both orders are right
-    num_tokens, num_features = case["shape"]["T"], case["shape"]["F"]
-    mask = None if case["mask"] is None else torch.tensor(case["mask"][:num_tokens]).bool()
-    gain = None if case["gain"] is None else torch.full((num_features,), case["gain"], dtype=dtype)
-
-    def run(function, dtype):
-        inputs = [None if t is None else t.detach().to(dtype).requires_grad_(True) for t in tensors]
-        cast = None if gain is None else gain.to(dtype)
-        y, l1 = function(inputs, cast)
-        live = [i for i in inputs if i is not None]
-        return [y, l1, *gradients([y, l1], live)]
-
-    def ours(inputs, gain):
-        output = ops.adapter(
-            *inputs, k=k, gain=gain, token_mask=mask, expected_density=case["density"]
-        )
-        return output.y, output.l1
-
-    def dense(inputs, gain):
-        return dense_adapter(*inputs, k=k, gain=gain, mask=mask)[:2]
-
-    assert_as_good_as(run(ours, dtype), run(dense, dtype), run(dense, torch.float64), dtype)
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("k", [None, 3])

@@ -66,13 +66,18 @@ def batch(vocab_size: int = SHAPE["vocab_size"], seed: int = 2) -> dict[str, Ten
 
 
 def dense_adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=None, gain=None, mask=None):
-    """The adapter and its L1 by autograd on dense tensors: the oracle of every operator."""
+    """The adapter and its L1 by autograd on dense tensors: the oracle of every operator.
+
+    Among the k largest, ties go to the lowest index and NaN is the largest value.
+    """
     z = x @ W_enc.T + b_enc
     features = z.relu()
     if k is not None:
-        rank = (z.unsqueeze(1) > z.unsqueeze(2)).sum(2)
+        other, own = z.unsqueeze(1), z.unsqueeze(2)
+        larger = (other > own) | (other.isnan() & ~own.isnan())
+        equal = (other == own) | (other.isnan() & own.isnan())
         earlier = torch.ones(z.shape[1], z.shape[1], dtype=torch.bool).tril(-1)
-        rank = rank + ((z.unsqueeze(1) == z.unsqueeze(2)) & earlier).sum(2)
+        rank = (larger | (equal & earlier)).sum(2)
         features = torch.where(rank < k, features, 0.0)
     weighted = (features * W_dec.norm(dim=1)).sum(1)
     if mask is not None:
