@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
+from tca_fast.cli.bench import bench
 from tca_fast.cli.demo import demo
 from tca_fast.cli.env import env
 from tca_fast.cli.train import train
@@ -24,6 +25,7 @@ app.command(help="Train adapters on the miniature pair and show how well they do
 app.command(help="Train adapters from a YAML configuration.")(train)
 app.command(help="Recompute every quantity of a golden folder and compare.")(verify)
 app.command(help="Versions, devices, and which backend serves each operator.")(env)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:
