@@ -18,7 +18,7 @@ class Case:
     Attributes:
         name: readable id.
         tokens, width, features: T, D, F.
-        l0: mean active features per token; F/2 is a fresh adapter.
+        l0: mean active features per token before any TopK; F/2 is a fresh adapter.
         rates: "uniform" gives every feature the same firing rate; "power" lets rates fall with
             rank and keeps a few features on for nearly every token, as trained dictionaries do.
         k: TopK instead of ReLU.
@@ -32,14 +32,48 @@ class Case:
     rates: str = "power"
     k: int | None = None
 
+    @property
+    def active(self) -> float:
+        """Mean active features per token that are left: `l0`, or `k` where TopK keeps fewer."""
+        return self.l0 if self.k is None else min(self.k, self.l0)
 
-CPU_CASES = [
-    Case("1.5B l0=8", 1024, 1536, 8192, 8),
-    Case("1.5B l0=8 uniform", 1024, 1536, 8192, 8, "uniform"),
-    Case("1.5B l0=64", 1024, 1536, 8192, 64),
-    Case("1.5B half dense", 1024, 1536, 8192, 4096, "uniform"),
-    Case("1.5B topk=64", 1024, 1536, 8192, 4096, "uniform", k=64),
-]
+
+# By the set's name; a run takes the one of its device unless told otherwise. On a CPU the wider
+# models get fewer tokens, so that a round of all variants stays within seconds. "tiny" shows that
+# the suites run, and its times mean nothing.
+CASES = {
+    "cpu": [
+        Case("1.5B l0=8", 1024, 1536, 8192, 8),
+        Case("1.5B l0=8 uniform", 1024, 1536, 8192, 8, "uniform"),
+        Case("1.5B l0=64", 1024, 1536, 8192, 64),
+        Case("1.5B half dense", 1024, 1536, 8192, 4096, "uniform"),
+        Case("1.5B topk=64", 1024, 1536, 8192, 4096, "uniform", k=64),
+        Case("7B l0=8", 512, 3584, 8192, 8),
+        Case("7B half dense", 512, 3584, 8192, 4096, "uniform"),
+        Case("7B topk=64", 512, 3584, 8192, 4096, "uniform", k=64),
+        Case("32B l0=8", 256, 5120, 16384, 8),
+        Case("32B half dense", 256, 5120, 16384, 8192, "uniform"),
+        Case("32B topk=64", 256, 5120, 16384, 8192, "uniform", k=64),
+    ],
+    "cuda": [
+        Case("1.5B l0=10", 8192, 1536, 8192, 10),
+        Case("1.5B half dense", 8192, 1536, 8192, 4096, "uniform"),
+        Case("7B l0=1.4", 8192, 3584, 8192, 1.4),
+        Case("7B l0=10", 8192, 3584, 8192, 10),
+        Case("7B l0=10 uniform", 8192, 3584, 8192, 10, "uniform"),
+        Case("7B l0=64", 8192, 3584, 8192, 64),
+        Case("7B half dense", 8192, 3584, 8192, 4096, "uniform"),
+        Case("7B topk=64", 8192, 3584, 8192, 4096, "uniform", k=64),
+        Case("32B l0=10", 8192, 5120, 16384, 10),
+        Case("32B half dense", 8192, 5120, 16384, 8192, "uniform"),
+        Case("32B topk=64", 8192, 5120, 16384, 8192, "uniform", k=64),
+    ],
+    "tiny": [
+        Case("tiny l0=4", 48, 32, 160, 4),
+        Case("tiny half dense", 48, 32, 160, 80, "uniform"),
+        Case("tiny topk=6", 48, 32, 160, 80, "uniform", k=6),
+    ],
+}
 
 
 def firing_rates(case: Case) -> Tensor:
@@ -56,24 +90,34 @@ def firing_rates(case: Case) -> Tensor:
     return rates[torch.randperm(case.features, generator=torch.Generator().manual_seed(1))]
 
 
-def layer_inputs(case: Case, seed: int = 0) -> dict[str, Tensor]:
+def layer_inputs(
+    case: Case,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, Tensor]:
     """Random x, mlp_out, upstream gradient and weights whose features fire at the case's rates.
 
-    Pre-activations are standard normal before the bias, so the bias is the normal quantile of the
-    rate.
+    Tokens have norm √D and encoder rows norm 1, so that pre-activations are standard normal before
+    the bias, and the bias is the normal quantile of the rate. Drawn on the CPU: every device gets
+    the same data.
+
+    Returns:
+        x, mlp_out, grad_y [T, D], W_enc, W_dec [F, D], b_enc [F], b_dec [D].
     """
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return torch.randn(shape, generator=generator) * scale
+        return torch.randn(shape, generator=generator).mul_(scale)
 
     T, D, F = case.tokens, case.width, case.features
-    return {
-        "x": normal(T, D),
+    tensors = {
+        "x": torch.nn.functional.normalize(normal(T, D)) * D**0.5,
         "mlp_out": normal(T, D),
-        "W_enc": normal(F, D, scale=D**-0.5),
-        "b_enc": torch.special.ndtri(firing_rates(case)).float(),
+        "W_enc": torch.nn.functional.normalize(normal(F, D)),
+        "b_enc": torch.special.ndtri(firing_rates(case)),
         "W_dec": normal(F, D, scale=0.05),
         "b_dec": normal(D, scale=0.05),
         "grad_y": normal(T, D),
     }
+    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}

@@ -1,12 +1,14 @@
-"""The layers that are compared: ours, and what people run today.
+"""The implementations that are compared: ours, and what people run today.
 
-Each takes x, mlp_out and the weights and returns (y, l1): the output and the L1 summed over
-tokens. All compute the statistics a training step needs (L1, L0, features that fired).
+Each has an encoder, a decoder and the layer with the statistics that a training step needs (L1,
+L0, features that fired: contract §1). What `encode` returns is the implementation's own form of
+the active features; `to_dense` makes [T, F] of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,78 +17,166 @@ from torch.nn import functional as F
 from benchmarks.cases import Case
 from tca_fast import ops
 
-Layer = Callable[..., tuple[Tensor, Tensor]]
+
+class LayerOutput(NamedTuple):
+    """What a layer computes.
+
+    Attributes:
+        y: [T, D].
+        l1: 0-d, decoder-norm-weighted L1 summed over tokens.
+        l0: 0-d, mean active features per token.
+        fired: bool [F].
+    """
+
+    y: Tensor
+    l1: Tensor
+    l0: Tensor
+    fired: Tensor
 
 
-def dense_eager(case: Case) -> Layer:
-    """Two dense products with bias and the statistics as passes over [T, F] (contract §1)."""
+class Implementation(Protocol):
+    """One way of computing the adapter branch at one case."""
+
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Any:
+        """Active features of every token."""
+
+    def to_dense(self, features: Any) -> Tensor:
+        """What `encode` returned as [T, F]."""
+
+    def decode(self, features: Any, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        """What the branch adds, [T, D]."""
 
     def layer(
-        x: Tensor, mlp_out: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        features = F.linear(x, W_enc, b_enc)
-        if case.k is not None:
-            values, indices = features.topk(case.k, dim=1)
-            features = torch.zeros_like(features).scatter(1, indices, values)
-        features = features.relu()
-        y = mlp_out + F.linear(features, W_dec.T, b_dec)
+        self, x: Tensor, mlp_out: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
+    ) -> LayerOutput:
+        """Branch added to `mlp_out`, with statistics."""
+
+
+class DenseEager:
+    """Two dense products with bias, and the statistics as passes over [T, F] (contract §1)."""
+
+    def __init__(self, case: Case) -> None:
+        self.k = case.k
+
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+        """Dense activations [T, F]."""
+        z = F.linear(x, W_enc, b_enc)
+        if self.k is not None:
+            values, indices = z.topk(self.k, dim=1)
+            z = torch.zeros_like(z).scatter(1, indices, values)
+        return z.relu()
+
+    def to_dense(self, features: Tensor) -> Tensor:
+        """The activations as they are."""
+        return features
+
+    def decode(self, features: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        """One dense product with bias."""
+        return F.linear(features, W_dec.T, b_dec)
+
+    def layer(
+        self, x: Tensor, mlp_out: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
+    ) -> LayerOutput:
+        """The layer as the published code computes it."""
+        features = self.encode(x, W_enc, b_enc)
+        y = mlp_out + self.decode(features, W_dec, b_dec)
         l1 = (features * W_dec.norm(dim=1)).sum(-1).sum()
         with torch.no_grad():
             active = features > 0
-            active.float().sum(-1).mean()
-            active.any(dim=0)
-        return y, l1
-
-    return layer
+            return LayerOutput(y, l1, active.float().sum(-1).mean(), active.any(dim=0))
 
 
-def torch_sparse(case: Case) -> Layer:
+class DenseCompiled(DenseEager):
+    """`torch.compile` of the dense implementation, one graph for each method and shape."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        # Graphs of earlier cases count against the compiler's limit, beyond which it refuses.
+        torch.compiler.reset()
+        for name in ("encode", "decode", "layer"):
+            compiled = torch.compile(getattr(super(), name), dynamic=False, fullgraph=True)
+            setattr(self, name, compiled)
+
+
+class TorchSparse:
     """Skips zeros with torch's own `nonzero`, `index_select` and `index_add`."""
 
-    def layer(
-        x: Tensor, mlp_out: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        features = F.linear(x, W_enc, b_enc)
-        if case.k is not None:
-            values, indices = features.topk(case.k, dim=1)
-            features = torch.zeros_like(features).scatter(1, indices, values)
-        features = features.relu()
+    def __init__(self, case: Case) -> None:
+        self.dense = DenseEager(case)
+        self.shape = case.tokens, case.features
+
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Token, feature and activation of every active pair."""
+        features = self.dense.encode(x, W_enc, b_enc)
         token, feature = features.nonzero(as_tuple=True)
-        value = features[token, feature]
-        rows = W_dec.index_select(0, feature)
-        y = (mlp_out + b_dec).index_add(0, token, rows * value.unsqueeze(1))
+        return token, feature, features[token, feature]
+
+    def to_dense(self, features: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Scattered into zeros."""
+        token, feature, value = features
+        return value.new_zeros(self.shape).index_put((token, feature), value)
+
+    def decode(
+        self, features: tuple[Tensor, Tensor, Tensor], W_dec: Tensor, b_dec: Tensor
+    ) -> Tensor:
+        """One gathered row for every active pair, added to its token."""
+        return self._add(b_dec.expand(self.shape[0], -1), features, W_dec)
+
+    def layer(
+        self, x: Tensor, mlp_out: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
+    ) -> LayerOutput:
+        """Statistics over active pairs only."""
+        token, feature, value = features = self.encode(x, W_enc, b_enc)
+        y = self._add(mlp_out + b_dec, features, W_dec)
         l1 = (value * W_dec.norm(dim=1)[feature]).sum()
         with torch.no_grad():
-            torch.bincount(token, minlength=case.tokens).float().mean()
-            torch.zeros(case.features, dtype=torch.bool).index_fill_(0, feature, True)
-        return y, l1
+            l0 = torch.bincount(token, minlength=self.shape[0]).float().mean()
+            fired = torch.zeros(self.shape[1], dtype=torch.bool, device=x.device)
+            return LayerOutput(y, l1, l0, fired.index_fill_(0, feature, True))
 
-    return layer
+    def _add(self, y: Tensor, features: tuple[Tensor, Tensor, Tensor], W_dec: Tensor) -> Tensor:
+        token, feature, value = features
+        return y.index_add(0, token, W_dec.index_select(0, feature) * value.unsqueeze(1))
 
 
-def ours(case: Case) -> Layer:
-    """`ops.adapter` with the backend that serves the device."""
-    density: list[float | None] = [None]
+class Ours:
+    """The operators of the package, with the backend that serves the device.
+
+    The layer is told the case's density, as training tells it that of the last step.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.k = case.k
+        self.density = case.active / case.features
+
+    def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> ops.ActiveFeatures:
+        """`ops.encode`."""
+        return ops.encode(x, W_enc, b_enc, k=self.k)
+
+    def to_dense(self, features: ops.ActiveFeatures) -> Tensor:
+        """Unpacked."""
+        return features.to_dense()
+
+    def decode(self, features: ops.ActiveFeatures, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        """`ops.decode`."""
+        return ops.decode(features, W_dec, b_dec)
 
     def layer(
-        x: Tensor, mlp_out: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, mlp_out: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
+    ) -> LayerOutput:
+        """`ops.adapter`."""
         output = ops.adapter(
-            x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=case.k, expected_density=density[0]
+            x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=self.k, expected_density=self.density
         )
-        density[0] = int(output.num_active) / (case.tokens * case.features)
-        return output.y, output.l1
-
-    return layer
+        return LayerOutput(output.y, output.l1, output.l0.float().mean(), output.fired)
 
 
-def compiled_dense(case: Case) -> Layer:
-    """`torch.compile` of the dense layer."""
-    return torch.compile(dense_eager(case), dynamic=False)
-
-
-BASELINES: dict[str, Callable[[Case], Layer]] = {
-    "dense eager": dense_eager,
-    "dense compiled": compiled_dense,
-    "torch sparse": torch_sparse,
+OURS = "tca_fast"
+DENSE = "dense eager"
+TORCH_SPARSE = "torch sparse"
+IMPLEMENTATIONS: dict[str, Callable[[Case], Implementation]] = {
+    OURS: Ours,
+    DENSE: DenseEager,
+    "dense compiled": DenseCompiled,
+    TORCH_SPARSE: TorchSparse,
 }

@@ -6,36 +6,84 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# More than the last-level cache of any machine this runs on.
+_EVICTED_BYTES = 2**28
+_COPIED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Milliseconds over the rounds: median, and the 20th and 80th percentile as spread."""
+class Variant:
+    """One thing to be timed.
 
-    median: float
-    low: float
-    high: float
+    Attributes:
+        prepare: makes what `run` is given; not timed.
+        run: timed.
+    """
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], Any]
+
+    def __call__(self) -> Any:
+        """Both, for its result."""
+        return self.run(self.prepare())
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 2
-) -> dict[str, Timing]:
-    """Time callables against each other; the order rotates from round to round."""
+    variants: Mapping[str, Variant], device: torch.device, rounds: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Time variants against each other, with cold caches; the order rotates from round to round.
+
+    Returns:
+        Milliseconds of every round after the warm-up, by variant.
+    """
     names = list(variants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    milliseconds: dict[str, list[float]] = {name: [] for name in names}
+    evicted = torch.empty(_EVICTED_BYTES, dtype=torch.uint8, device=device)
     for number in range(-warmup, rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            started = time.perf_counter()
-            variants[name]()
-            elapsed = time.perf_counter() - started
+            argument = variants[name].prepare()
             if number >= 0:
-                seconds[name].append(elapsed * 1e3)
-    return {name: _summary(values) for name, values in seconds.items()}
+                evicted.zero_()
+            elapsed = stopwatch(device, variants[name].run, argument)
+            del argument
+            if number >= 0:
+                milliseconds[name].append(elapsed)
+    return milliseconds
 
 
-def _summary(milliseconds: list[float]) -> Timing:
+def stopwatch(device: torch.device, call: Callable[..., object], *arguments: Any) -> float:
+    """Milliseconds until the device has done one call, by its own clock where it has one."""
+    if device.type == "cuda":
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        started.record()
+        result = call(*arguments)
+        ended.record()
+        ended.synchronize()
+        elapsed = started.elapsed_time(ended)
+    else:
+        began = time.perf_counter()
+        result = call(*arguments)
+        elapsed = (time.perf_counter() - began) * 1e3
+    del result  # freed outside the measured time
+    return elapsed
+
+
+def copy_bandwidth(device: torch.device, rounds: int = 7) -> float:
+    """Bytes read plus bytes written per second of a large copy; the best of some rounds."""
+    source = torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    milliseconds = [stopwatch(device, target.copy_, source) for _ in range(rounds)]
+    return 2 * _COPIED_BYTES / (min(milliseconds) * 1e-3)
+
+
+def spread(milliseconds: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
     if len(milliseconds) < 2:
-        return Timing(milliseconds[0], milliseconds[0], milliseconds[0])
-    fifths = statistics.quantiles(milliseconds, n=5)
-    return Timing(statistics.median(milliseconds), fifths[0], fifths[3])
+        return (milliseconds[0],) * 3
+    fifths = statistics.quantiles(milliseconds, n=5, method="inclusive")
+    return statistics.median(milliseconds), fifths[0], fifths[3]

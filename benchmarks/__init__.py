@@ -1,0 +1,1 @@
+"""Benchmarks of the operators: outside the package, which never imports them."""
