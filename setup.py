@@ -30,10 +30,12 @@ def extensions() -> list:
             depends=[
                 "csrc/checks.h",
                 "csrc/cpu/activation.h",
+                "csrc/cpu/arguments.h",
                 "csrc/cpu/dense.h",
                 "csrc/cpu/kernels.h",
                 "csrc/cpu/operators.h",
                 "csrc/cpu/packed.h",
+                "csrc/cpu/packed_tensors.h",
                 "csrc/cpu/rows.h",
             ],
             define_macros=[

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
@@ -21,6 +22,13 @@ inline std::string shape_of(const Tensor& tensor) {
   return text + "]";
 }
 
+// Refuses a tensor of another number of dimensions; `expected` names them, as in "[T, D]".
+inline void check_dimensions(
+    const char* name, const Tensor& tensor, int64_t dimensions, const char* expected) {
+  STD_TORCH_CHECK(
+      tensor.dim() == dimensions, name, ": shape ", shape_of(tensor), ", expected ", expected);
+}
+
 // The tensor as a CPU tensor of the given shape, made contiguous.
 inline Tensor checked(
     const char* name,
@@ -36,7 +44,8 @@ inline Tensor checked(
   }
   STD_TORCH_CHECK(fits, name, ": shape ", shape_of(tensor), ", expected ", expected, "]");
   STD_TORCH_CHECK(
-      tensor.scalar_type() == dtype, name, ": dtype differs from what the other arguments need");
+      tensor.scalar_type() == dtype, name, ": dtype ", torch::headeronly::toString(tensor.scalar_type()),
+      ", expected ", torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": is not on the CPU");
   return torch::stable::contiguous(tensor);
 }

@@ -1,4 +1,4 @@
-// The operators of tca_fast/ops.py for CPU tensors: checks, allocation, and the choice of regime.
+// The operators of tca_fast/ops.py for CPU tensors: allocation, and the choice of regime.
 //
 // The encoder product is the vendor library's. How a pass is computed, sparse or dense, depends on
 // the number of active features alone. How they are kept for the backward depends on the room that
@@ -8,56 +8,12 @@
 
 #include "operators.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include "../checks.h"
+#include "arguments.h"
 #include "dense.h"
+#include "packed_tensors.h"
 
 namespace tca_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-constexpr ScalarType kIndex = ScalarType::Long, kFeature = ScalarType::Int,
-                     kMask = ScalarType::Bool;
-
-// Calls `body` with a null pointer of the C++ type that `dtype` names.
-template <typename Body>
-auto dispatch(ScalarType dtype, const Body& body) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return body(static_cast<float*>(nullptr));
-    case ScalarType::Double:
-      return body(static_cast<double*>(nullptr));
-    case ScalarType::BFloat16:
-      return body(static_cast<c10::BFloat16*>(nullptr));
-    case ScalarType::Half:
-      return body(static_cast<c10::Half*>(nullptr));
-    default:
-      STD_TORCH_CHECK(false, "x: dtype is not float32, float64, bfloat16 or float16");
-  }
-}
-
-template <typename T>
-const T* pointer(const std::optional<Tensor>& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
-
-template <typename T>
-const T* pointer(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-T* output(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-Tensor make(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
-}
 
 // Above this share of active features, four gathered rows for each of them cost more than five
 // dense products (benchmarks/README.md has the readings).
@@ -65,266 +21,205 @@ bool prefers_dense(int64_t entries, int64_t num_tokens, int64_t F) {
   return entries > num_tokens * F / 16;
 }
 
-ScalarType sum_type(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// g_f·features, or the features themselves where there is no gain.
+template <typename T>
+Tensor gained(const Tensor& features, const AdapterArguments& in) {
+  if (!in.gain) {
+    return features;
+  }
+  Tensor result = make({in.num_tokens, in.F}, in.dtype);
+  scale_columns(
+      pointer<T>(features), pointer<T>(in.gain), output<T>(result), in.num_tokens, in.F);
+  return result;
 }
 
-Tensor transposed(const Tensor& matrix) {
-  Tensor view = matrix;
-  return torch::stable::transpose(view, 0, 1);
+// Replaces the encoder product [T, F] by its activations; their statistics come with it.
+template <typename T>
+void activate_with_statistics(
+    const AdapterArguments& in, const Tensor& z, int64_t* row_ptr, Statistics<T> statistics) {
+  std::vector<Sum<T>> norm(in.F);
+  row_norms<T>(pointer<T>(in.W_dec), nullptr, norm.data(), in.F, in.D);
+  activate_dense(
+      output<T>(z), pointer<T>(in.b_enc), norm.data(), in.k, pointer<bool>(in.token_mask), row_ptr,
+      statistics, in.num_tokens, in.F);
 }
 
-// Packed arguments as a caller may have made them by hand.
-struct CheckedPacked {
-  Tensor row_ptr, feature, value;
-  int64_t entries;
+struct AdapterGradients {
+  Tensor x, W_enc, b_enc, W_dec, b_dec;
+
+  explicit AdapterGradients(const AdapterArguments& in)
+      : b_enc(make({in.F}, in.dtype)), b_dec(make({in.D}, in.dtype)) {}
 };
 
-CheckedPacked checked_packed(
-    const Tensor& row_ptr, const Tensor& feature, const Tensor& value, int64_t num_features) {
-  const int64_t num_tokens = row_ptr.dim() == 1 ? row_ptr.sizes()[0] - 1 : -1;
-  STD_TORCH_CHECK(num_tokens >= 0, "row_ptr: shape ", shape_of(row_ptr), ", expected [tokens + 1]");
-  STD_TORCH_CHECK(feature.dim() == 1, "feature: shape ", shape_of(feature), ", expected [C]");
-  const int64_t capacity = feature.sizes()[0];
-  CheckedPacked packed{
-      checked("row_ptr", row_ptr, {num_tokens + 1}, kIndex),
-      checked("feature", feature, {capacity}, kFeature),
-      checked("value", value, {capacity}, value.scalar_type()), 0};
-  const int64_t* starts = pointer<int64_t>(packed.row_ptr);
-  STD_TORCH_CHECK(starts[0] == 0, "row_ptr: starts at ", starts[0], ", expected 0");
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    STD_TORCH_CHECK(
-        starts[t] <= starts[t + 1], "row_ptr: falls from ", starts[t], " to ", starts[t + 1],
-        " at token ", t, "; it must not fall");
-  }
-  packed.entries = starts[num_tokens];
-  STD_TORCH_CHECK(
-      packed.entries <= capacity, "row_ptr: ", packed.entries,
-      " active features do not fit the capacity of ", capacity,
-      "; encode again with a larger capacity");
-  const int32_t* features = pointer<int32_t>(packed.feature);
-  for (int64_t e = 0; e < packed.entries; ++e) {
-    STD_TORCH_CHECK(
-        features[e] >= 0 && features[e] < num_features, "feature: entry ", e, " is ", features[e],
-        ", expected 0..", num_features - 1);
-  }
-  return packed;
+// By five dense products.
+template <typename T>
+void differentiate(
+    const AdapterArguments& in, const Tensor& features, const Tensor& grad_y, Sum<T> grad_l1,
+    AdapterGradients& out) {
+  std::vector<Sum<T>> norm(in.F), active_sum(in.F);
+  row_norms<T>(pointer<T>(in.W_dec), nullptr, norm.data(), in.F, in.D);
+  const Tensor da = torch::stable::matmul(grad_y, transposed(in.W_dec));
+  backward_dense(
+      pointer<T>(features), pointer<T>(in.gain), norm.data(), grad_l1,
+      pointer<bool>(in.token_mask), output<T>(da), output<T>(out.b_enc), active_sum.data(),
+      in.num_tokens, in.F);
+  out.W_dec = torch::stable::matmul(transposed(gained<T>(features, in)), grad_y);
+  add_norm_gradient(
+      pointer<T>(in.W_dec), norm.data(), active_sum.data(), grad_l1, output<T>(out.W_dec), in.F,
+      in.D);
+  out.W_enc = torch::stable::matmul(transposed(da), in.x);
+  out.x = torch::stable::matmul(da, in.W_enc);
 }
 
+// Over active pairs only.
 template <typename T>
-Tensor dense_of(const CheckedPacked& packed, int64_t num_tokens, int64_t F) {
-  Tensor features = make({num_tokens, F}, packed.value.scalar_type());
-  const int64_t* starts = pointer<int64_t>(packed.row_ptr);
-  const int32_t* feature = pointer<int32_t>(packed.feature);
-  const T* value = pointer<T>(packed.value);
-  parallel_for(0, num_tokens, kTokensPerBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      T* row = output<T>(features) + t * F;
-      std::fill(row, row + F, T(0));
-      for (int64_t e = starts[t]; e < starts[t + 1]; ++e) {
-        row[feature[e]] = value[e];
-      }
-    }
-  });
-  return features;
-}
-
-// Packed active features that this file made itself.
-template <typename T>
-struct Packed {
-  std::vector<int64_t> row_ptr;
-  std::vector<int32_t> feature;
-  std::vector<T> value;
-
-  Packed() = default;
-
-  explicit Packed(const Scan<T>& found) : row_ptr(found.row_ptr) {
-    feature.resize(row_ptr.back());
-    value.resize(row_ptr.back());
-    fill_packed(found, feature.data(), value.data());
-  }
-
-  // As tensors with room for `capacity` entries; when more are active, none of them is copied.
-  std::tuple<Tensor, Tensor, Tensor> tensors(int64_t capacity, ScalarType dtype) const {
-    const int64_t num_rows = row_ptr.size(), entries = feature.size();
-    Tensor starts = make({num_rows}, kIndex), features = make({capacity}, kFeature);
-    Tensor values = make({capacity}, dtype);
-    const int64_t used = entries <= capacity ? entries : 0;
-    std::copy(row_ptr.begin(), row_ptr.end(), output<int64_t>(starts));
-    std::copy(feature.begin(), feature.begin() + used, output<int32_t>(features));
-    std::copy(value.begin(), value.begin() + used, output<T>(values));
-    std::fill(output<int32_t>(features) + used, output<int32_t>(features) + capacity, 0);
-    std::fill(output<T>(values) + used, output<T>(values) + capacity, T(0));
-    return {starts, features, values};
-  }
-};
-
-template <typename T>
-Packed<T> packed_of_activations(const T* features, int64_t num_tokens, int64_t F) {
-  const std::vector<T> no_bias(F, T(0));
-  return Packed<T>(scan<T>(features, no_bias.data(), std::nullopt, num_tokens, F));
+void differentiate(
+    const AdapterArguments& in, const PackedView<T>& packed, const Tensor& grad_y, Sum<T> grad_l1,
+    AdapterGradients& out) {
+  const ByFeature pairs = packed.by_feature(in.F);
+  out.x = make({in.num_tokens, in.D}, in.dtype);
+  out.W_enc = make({in.F, in.D}, in.dtype);
+  out.W_dec = make({in.F, in.D}, in.dtype);
+  std::vector<Sum<T>> da(packed.entries());
+  BackwardByFeature<T>{
+      pairs, packed.value, pointer<T>(in.x), pointer<T>(in.W_dec), pointer<T>(in.gain),
+      {pointer<T>(grad_y), grad_l1, pointer<bool>(in.token_mask)},
+      {output<T>(out.W_enc), output<T>(out.b_enc), output<T>(out.W_dec), da.data()}, in.D}
+      .run(in.F);
+  scatter_rows(
+      packed.row_ptr, packed.feature, da.data(), pointer<T>(in.W_enc), output<T>(out.x),
+      in.num_tokens, in.D);
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> encode(
-    const Tensor& x_, const Tensor& W_enc_, const Tensor& b_enc_, std::optional<int64_t> k,
+    const Tensor& x, const Tensor& W_enc, const Tensor& b_enc_, std::optional<int64_t> k,
     int64_t capacity) {
-  const ScalarType dtype = x_.scalar_type();
-  STD_TORCH_CHECK(x_.dim() == 2, "x: shape ", shape_of(x_), ", expected [T, D]");
-  STD_TORCH_CHECK(W_enc_.dim() == 2, "W_enc: shape ", shape_of(W_enc_), ", expected [F, D]");
-  const int64_t num_tokens = x_.sizes()[0], D = x_.sizes()[1], F = W_enc_.sizes()[0];
-  const Tensor x = checked("x", x_, {num_tokens, D}, dtype);
-  const Tensor W_enc = checked("W_enc", W_enc_, {F, D}, dtype);
-  const Tensor b_enc = checked("b_enc", b_enc_, {F}, dtype);
-  const Tensor z = torch::stable::matmul(x, transposed(W_enc));
-  return dispatch(dtype, [&](auto* type) {
+  const EncoderArguments in(x, W_enc);
+  const Tensor b_enc = checked("b_enc", b_enc_, {in.F}, in.dtype);
+  check_k(k, in.F);
+  check_capacity(capacity);
+  const Tensor z = in.product();
+  return dispatch(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Packed<T> packed(scan(pointer<T>(z), pointer<T>(b_enc), k, num_tokens, F));
-    auto [row_ptr, feature, value] = packed.tensors(capacity, dtype);
+    const Packed<T> packed(scan(pointer<T>(z), pointer<T>(b_enc), k, in.num_tokens, in.F));
+    auto [row_ptr, feature, value] = packed.tensors(capacity, in.dtype);
     return std::make_tuple(value, row_ptr, feature);
   });
 }
 
 std::tuple<Tensor, Tensor, Tensor> encode_backward(
-    const Tensor& grad_value_, const Tensor& row_ptr_, const Tensor& feature_, const Tensor& x_,
-    const Tensor& W_enc_) {
-  const ScalarType dtype = x_.scalar_type();
-  const int64_t num_tokens = x_.sizes()[0], D = x_.sizes()[1], F = W_enc_.sizes()[0];
-  const CheckedPacked packed = checked_packed(row_ptr_, feature_, grad_value_, F);
-  const Tensor x = checked("x", x_, {num_tokens, D}, dtype);
-  const Tensor W_enc = checked("W_enc", W_enc_, {F, D}, dtype);
-  Tensor dx = make({num_tokens, D}, dtype), dW_enc = make({F, D}, dtype), db_enc = make({F}, dtype);
-  dispatch(dtype, [&](auto* type) {
+    const Tensor& grad_value, const Tensor& row_ptr, const Tensor& feature, const Tensor& x,
+    const Tensor& W_enc) {
+  const EncoderArguments in(x, W_enc);
+  const PackedArguments arguments(row_ptr, feature, grad_value, "grad_value", in.F, in.dtype);
+  checked("row_ptr", row_ptr, {in.num_tokens + 1}, kIndex);
+  Tensor dx = make({in.num_tokens, in.D}, in.dtype), dW_enc = make({in.F, in.D}, in.dtype);
+  Tensor db_enc = make({in.F}, in.dtype);
+  dispatch(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const ByFeature pairs =
-        by_feature(pointer<int64_t>(packed.row_ptr), pointer<int32_t>(packed.feature), num_tokens, F);
-    std::vector<Sum<T>> da(packed.entries);
-    convert(da.data(), pointer<T>(packed.value), packed.entries);
+    const PackedView<T> packed = arguments.view<T>();
+    std::vector<Sum<T>> da(packed.entries());
+    convert(da.data(), packed.value, packed.entries());
     encoder_gradients(
-        pairs, da.data(), pointer<T>(x), output<T>(dW_enc), output<T>(db_enc), F, D);
+        packed.by_feature(in.F), da.data(), pointer<T>(in.x), output<T>(dW_enc),
+        output<T>(db_enc), in.F, in.D);
     scatter_rows(
-        pointer<int64_t>(packed.row_ptr), pointer<int32_t>(packed.feature), da.data(),
-        pointer<T>(W_enc), output<T>(dx), num_tokens, D);
+        packed.row_ptr, packed.feature, da.data(), pointer<T>(in.W_enc), output<T>(dx),
+        in.num_tokens, in.D);
     return 0;
   });
   return {dx, dW_enc, db_enc};
 }
 
 Tensor decode(
-    const Tensor& row_ptr_, const Tensor& feature_, const Tensor& value_, const Tensor& W_dec_,
-    const std::optional<Tensor>& b_dec_, const std::optional<Tensor>& gain_) {
-  const ScalarType dtype = value_.scalar_type();
-  STD_TORCH_CHECK(W_dec_.dim() == 2, "W_dec: shape ", shape_of(W_dec_), ", expected [F, D]");
-  const int64_t F = W_dec_.sizes()[0], D = W_dec_.sizes()[1];
-  const CheckedPacked packed = checked_packed(row_ptr_, feature_, value_, F);
-  const Tensor W_dec = checked("W_dec", W_dec_, {F, D}, dtype);
-  const std::optional<Tensor> b_dec = checked("b_dec", b_dec_, {D}, dtype);
-  const std::optional<Tensor> gain = checked("gain", gain_, {F}, dtype);
-  const int64_t num_tokens = packed.row_ptr.sizes()[0] - 1;
-  Tensor y = make({num_tokens, D}, dtype);
-  dispatch(dtype, [&](auto* type) {
+    const Tensor& row_ptr, const Tensor& feature, const Tensor& value, const Tensor& W_dec,
+    const std::optional<Tensor>& b_dec_, const std::optional<Tensor>& gain) {
+  const DecoderArguments in(W_dec, gain, value.scalar_type());
+  const PackedArguments arguments(row_ptr, feature, value, "value", in.F, in.dtype);
+  const std::optional<Tensor> b_dec = checked("b_dec", b_dec_, {in.D}, in.dtype);
+  Tensor y = make({arguments.num_tokens, in.D}, in.dtype);
+  dispatch(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    const PackedView<T> packed = arguments.view<T>();
     decode_rows<T>(
-        pointer<int64_t>(packed.row_ptr), pointer<int32_t>(packed.feature),
-        pointer<T>(packed.value), pointer<T>(W_dec), pointer<T>(b_dec), pointer<T>(gain), nullptr,
-        output<T>(y), num_tokens, D);
+        packed.row_ptr, packed.feature, packed.value, pointer<T>(in.W_dec), pointer<T>(b_dec),
+        pointer<T>(in.gain), nullptr, output<T>(y), packed.num_tokens, in.D);
     return 0;
   });
   return y;
 }
 
 std::tuple<Tensor, Tensor> decode_backward(
-    const Tensor& grad_y_, const Tensor& row_ptr_, const Tensor& feature_, const Tensor& value_,
-    const Tensor& W_dec_, const std::optional<Tensor>& gain_) {
-  const ScalarType dtype = value_.scalar_type();
-  const int64_t F = W_dec_.sizes()[0], D = W_dec_.sizes()[1];
-  const CheckedPacked packed = checked_packed(row_ptr_, feature_, value_, F);
-  const int64_t num_tokens = packed.row_ptr.sizes()[0] - 1;
-  const Tensor grad_y = checked("grad_y", grad_y_, {num_tokens, D}, dtype);
-  const Tensor W_dec = checked("W_dec", W_dec_, {F, D}, dtype);
-  const std::optional<Tensor> gain = checked("gain", gain_, {F}, dtype);
-  Tensor dvalue = make({packed.value.sizes()[0]}, dtype), dW_dec = make({F, D}, dtype);
-  dispatch(dtype, [&](auto* type) {
+    const Tensor& grad_y_, const Tensor& row_ptr, const Tensor& feature, const Tensor& value,
+    const Tensor& W_dec, const std::optional<Tensor>& gain) {
+  const DecoderArguments in(W_dec, gain, value.scalar_type());
+  const PackedArguments arguments(row_ptr, feature, value, "value", in.F, in.dtype);
+  const Tensor grad_y = checked("grad_y", grad_y_, {arguments.num_tokens, in.D}, in.dtype);
+  Tensor dvalue = make({arguments.capacity}, in.dtype), dW_dec = make({in.F, in.D}, in.dtype);
+  dispatch(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const ByFeature pairs =
-        by_feature(pointer<int64_t>(packed.row_ptr), pointer<int32_t>(packed.feature), num_tokens, F);
-    std::vector<Sum<T>> da(packed.entries);
+    const PackedView<T> packed = arguments.view<T>();
+    const ByFeature pairs = packed.by_feature(in.F);
+    std::vector<Sum<T>> da(packed.entries());
     BackwardByFeature<T>{
-        pairs, pointer<T>(packed.value), nullptr, pointer<T>(W_dec), pointer<T>(gain),
-        {pointer<T>(grad_y), 0, nullptr}, {nullptr, nullptr, output<T>(dW_dec), da.data()}, D}
-        .run(F);
-    std::fill(output<T>(dvalue), output<T>(dvalue) + packed.value.sizes()[0], T(0));
-    convert(output<T>(dvalue), da.data(), packed.entries);
+        pairs, packed.value, nullptr, pointer<T>(in.W_dec), pointer<T>(in.gain),
+        {pointer<T>(grad_y), 0, nullptr}, {nullptr, nullptr, output<T>(dW_dec), da.data()}, in.D}
+        .run(in.F);
+    std::fill(output<T>(dvalue), output<T>(dvalue) + arguments.capacity, T(0));
+    convert(output<T>(dvalue), da.data(), packed.entries());
     return 0;
   });
   return {dvalue, dW_dec};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
-    const Tensor& x_, const Tensor& mlp_out_, const Tensor& W_enc_, const Tensor& b_enc_,
-    const Tensor& W_dec_, const std::optional<Tensor>& b_dec_, const std::optional<Tensor>& gain_,
-    const std::optional<Tensor>& token_mask_, std::optional<int64_t> k, int64_t capacity) {
-  const ScalarType dtype = x_.scalar_type();
-  STD_TORCH_CHECK(x_.dim() == 2, "x: shape ", shape_of(x_), ", expected [T, D]");
-  STD_TORCH_CHECK(W_enc_.dim() == 2, "W_enc: shape ", shape_of(W_enc_), ", expected [F, D]");
-  const int64_t num_tokens = x_.sizes()[0], D = x_.sizes()[1], F = W_enc_.sizes()[0];
-  const Tensor x = checked("x", x_, {num_tokens, D}, dtype);
-  const Tensor mlp_out = checked("mlp_out", mlp_out_, {num_tokens, D}, dtype);
-  const Tensor W_enc = checked("W_enc", W_enc_, {F, D}, dtype);
-  const Tensor b_enc = checked("b_enc", b_enc_, {F}, dtype);
-  const Tensor W_dec = checked("W_dec", W_dec_, {F, D}, dtype);
-  const std::optional<Tensor> b_dec = checked("b_dec", b_dec_, {D}, dtype);
-  const std::optional<Tensor> gain = checked("gain", gain_, {F}, dtype);
-  const std::optional<Tensor> mask = checked("token_mask", token_mask_, {num_tokens}, kMask);
+    const Tensor& x, const Tensor& mlp_out_, const Tensor& W_enc, const Tensor& b_enc,
+    const Tensor& W_dec, const std::optional<Tensor>& b_dec_, const std::optional<Tensor>& gain,
+    const std::optional<Tensor>& token_mask, std::optional<int64_t> k, int64_t capacity) {
+  const AdapterArguments in(x, W_enc, b_enc, W_dec, gain, token_mask, k);
+  const int64_t num_tokens = in.num_tokens, D = in.D, F = in.F;
+  const Tensor mlp_out = checked("mlp_out", mlp_out_, {num_tokens, D}, in.dtype);
+  const std::optional<Tensor> b_dec = checked("b_dec", b_dec_, {D}, in.dtype);
+  check_capacity(capacity);
 
-  Tensor z = torch::stable::matmul(x, transposed(W_enc));
-  Tensor l1 = make({}, sum_type(dtype)), l0 = make({num_tokens}, kFeature), fired = make({F}, kMask);
-  Tensor y, row_ptr, feature, value;
-  dispatch(dtype, [&](auto* type) {
+  const Tensor z = in.product();
+  Tensor l1 = make({}, sum_type(in.dtype)), l0 = make({num_tokens}, kFeature);
+  Tensor fired = make({F}, kMask), y, row_ptr, feature, value;
+  dispatch(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     std::vector<Sum<T>> l1_by_token(num_tokens);
     const Statistics<T> statistics{l1_by_token.data(), output<int32_t>(l0), output<bool>(fired)};
     const bool keeps_dense = capacity >= num_tokens * F;
-    const auto activate = [&] {
-      std::vector<Sum<T>> norm(F);
-      row_norms<T>(pointer<T>(W_dec), nullptr, norm.data(), F, D);
-      activate_dense(
-          output<T>(z), pointer<T>(b_enc), norm.data(), k, pointer<bool>(mask),
-          output<int64_t>(row_ptr), statistics, num_tokens, F);
-    };
-    Packed<T> packed;
+    Packed<T> found;
     if (keeps_dense) {
       row_ptr = make({num_tokens + 1}, kIndex);
       feature = make({0}, kFeature);
-      activate();
+      activate_with_statistics<T>(in, z, output<int64_t>(row_ptr), statistics);
       value = torch::stable::reshape(z, {num_tokens * F});
     } else {
-      packed = Packed<T>(scan(pointer<T>(z), pointer<T>(b_enc), k, num_tokens, F));
-      std::tie(row_ptr, feature, value) = packed.tensors(capacity, dtype);
+      found = Packed<T>(scan(pointer<T>(z), pointer<T>(in.b_enc), k, num_tokens, F));
+      std::tie(row_ptr, feature, value) = found.tensors(capacity, in.dtype);
     }
     if (prefers_dense(pointer<int64_t>(row_ptr)[num_tokens], num_tokens, F)) {
       if (!keeps_dense) {
-        activate();
+        activate_with_statistics<T>(in, z, output<int64_t>(row_ptr), statistics);
       }
-      Tensor gained = z;
-      if (gain) {
-        gained = make({num_tokens, F}, dtype);
-        scale_columns(pointer<T>(z), pointer<T>(gain), output<T>(gained), num_tokens, F);
-      }
-      y = torch::stable::matmul(gained, W_dec);
+      y = torch::stable::matmul(gained<T>(z, in), in.W_dec);
       add_rows(output<T>(y), pointer<T>(mlp_out), pointer<T>(b_dec), num_tokens, D);
     } else {
       if (keeps_dense) {
-        packed = packed_of_activations(pointer<T>(z), num_tokens, F);
+        found = Packed<T>::of_activations(z, num_tokens, F);
       }
-      y = make({num_tokens, D}, dtype);
+      const PackedView<T> packed = found.view();
+      y = make({num_tokens, D}, in.dtype);
       statistics_of_packed(
-          packed.row_ptr.data(), packed.feature.data(), packed.value.data(), pointer<T>(W_dec),
-          pointer<bool>(mask), statistics, num_tokens, F, D);
+          packed.row_ptr, packed.feature, packed.value, pointer<T>(in.W_dec),
+          pointer<bool>(in.token_mask), statistics, num_tokens, F, D);
       decode_rows(
-          packed.row_ptr.data(), packed.feature.data(), packed.value.data(), pointer<T>(W_dec),
-          pointer<T>(b_dec), pointer<T>(gain), pointer<T>(mlp_out), output<T>(y), num_tokens, D);
+          packed.row_ptr, packed.feature, packed.value, pointer<T>(in.W_dec), pointer<T>(b_dec),
+          pointer<T>(in.gain), pointer<T>(mlp_out), output<T>(y), num_tokens, D);
     }
     double total = 0;
     for (Sum<T> one : l1_by_token) {
@@ -337,92 +232,56 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
-    const Tensor& grad_y_, const Tensor& grad_l1_, const Tensor& x_, const Tensor& W_enc_,
-    const Tensor& b_enc_, const Tensor& W_dec_, const std::optional<Tensor>& gain_,
-    const std::optional<Tensor>& token_mask_, std::optional<int64_t> k, const Tensor& row_ptr_,
-    const Tensor& feature_, const Tensor& value_) {
-  const ScalarType dtype = x_.scalar_type();
-  const int64_t num_tokens = x_.sizes()[0], D = x_.sizes()[1], F = W_enc_.sizes()[0];
-  const Tensor grad_y = checked("grad_y", grad_y_, {num_tokens, D}, dtype);
-  const Tensor grad_l1 = checked("grad_l1", grad_l1_, {}, sum_type(dtype));
-  const Tensor x = checked("x", x_, {num_tokens, D}, dtype);
-  const Tensor W_enc = checked("W_enc", W_enc_, {F, D}, dtype);
-  const Tensor b_enc = checked("b_enc", b_enc_, {F}, dtype);
-  const Tensor W_dec = checked("W_dec", W_dec_, {F, D}, dtype);
-  const std::optional<Tensor> gain = checked("gain", gain_, {F}, dtype);
-  const std::optional<Tensor> mask = checked("token_mask", token_mask_, {num_tokens}, kMask);
+    const Tensor& grad_y_, const Tensor& grad_l1_, const Tensor& x, const Tensor& W_enc,
+    const Tensor& b_enc, const Tensor& W_dec, const std::optional<Tensor>& gain,
+    const std::optional<Tensor>& token_mask, std::optional<int64_t> k, const Tensor& row_ptr_,
+    const Tensor& feature, const Tensor& value) {
+  const AdapterArguments in(x, W_enc, b_enc, W_dec, gain, token_mask, k);
+  const int64_t num_tokens = in.num_tokens, F = in.F;
+  const Tensor grad_y = checked("grad_y", grad_y_, {num_tokens, in.D}, in.dtype);
+  const Tensor grad_l1 = checked("grad_l1", grad_l1_, {}, sum_type(in.dtype));
   const Tensor row_ptr = checked("row_ptr", row_ptr_, {num_tokens + 1}, kIndex);
-  const int64_t entries = pointer<int64_t>(row_ptr)[num_tokens];
-  const bool kept_dense = feature_.sizes()[0] == 0 && value_.sizes()[0] == num_tokens * F;
-  const bool overflowed = !kept_dense && entries > feature_.sizes()[0];
+  check_dimensions("feature", feature, 1, "[C]");
+  check_dimensions("value", value, 1, "[C] or [T·F]");
+  const int64_t entries = pointer<int64_t>(row_ptr)[num_tokens], capacity = feature.sizes()[0];
+  const bool kept_dense = capacity == 0 && value.sizes()[0] == num_tokens * F;
+  const bool overflowed = !kept_dense && entries > capacity;
   const bool dense = prefers_dense(entries, num_tokens, F);
 
-  Tensor dx, dW_enc, dW_dec;
-  Tensor db_enc = make({F}, dtype), db_dec = make({D}, dtype);
-  dispatch(dtype, [&](auto* type) {
+  AdapterGradients gradients(in);
+  dispatch(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Sum<T> l1 = *pointer<Sum<T>>(grad_l1);
-    Tensor features;
-    if (kept_dense) {
-      features = torch::stable::reshape(torch::stable::contiguous(value_), {num_tokens, F});
-    } else if (overflowed) {
-      features = torch::stable::matmul(x, transposed(W_enc));
-      std::vector<int64_t> counts(num_tokens + 1);
-      activate_dense<T>(
-          output<T>(features), pointer<T>(b_enc), nullptr, k, nullptr, counts.data(), {},
-          num_tokens, F);
-    }
-    if (dense) {
-      if (!kept_dense && !overflowed) {
-        features = dense_of<T>(checked_packed(row_ptr, feature_, value_, F), num_tokens, F);
-      }
-      std::vector<Sum<T>> norm(F), active_sum(F);
-      row_norms<T>(pointer<T>(W_dec), nullptr, norm.data(), F, D);
-      Tensor da = torch::stable::matmul(grad_y, transposed(W_dec));
-      backward_dense(
-          pointer<T>(features), pointer<T>(gain), norm.data(), l1, pointer<bool>(mask),
-          output<T>(da), output<T>(db_enc), active_sum.data(), num_tokens, F);
-      if (gain) {
-        Tensor gained = make({num_tokens, F}, dtype);
-        scale_columns(pointer<T>(features), pointer<T>(gain), output<T>(gained), num_tokens, F);
-        features = gained;
-      }
-      dW_dec = torch::stable::matmul(transposed(features), grad_y);
-      add_norm_gradient(
-          pointer<T>(W_dec), norm.data(), active_sum.data(), l1, output<T>(dW_dec), F, D);
-      dW_enc = torch::stable::matmul(transposed(da), x);
-      dx = torch::stable::matmul(da, W_enc);
-    } else {
-      Packed<T> again;
-      CheckedPacked kept;
-      const int64_t* starts;
-      const int32_t* feature;
-      const T* value;
-      if (kept_dense || overflowed) {
-        again = packed_of_activations(pointer<T>(features), num_tokens, F);
-        starts = again.row_ptr.data(), feature = again.feature.data(), value = again.value.data();
+    if (kept_dense || overflowed) {
+      Tensor features;
+      if (kept_dense) {
+        features = torch::stable::reshape(
+            checked("value", value, {num_tokens * F}, in.dtype), {num_tokens, F});
       } else {
-        kept = checked_packed(row_ptr, feature_, value_, F);
-        starts = pointer<int64_t>(kept.row_ptr), feature = pointer<int32_t>(kept.feature);
-        value = pointer<T>(kept.value);
+        features = in.product();
+        std::vector<int64_t> starts(num_tokens + 1);
+        activate_dense<T>(
+            output<T>(features), pointer<T>(in.b_enc), nullptr, k, nullptr, starts.data(), {},
+            num_tokens, F);
       }
-      const ByFeature pairs = by_feature(starts, feature, num_tokens, F);
-      dx = make({num_tokens, D}, dtype);
-      dW_enc = make({F, D}, dtype);
-      dW_dec = make({F, D}, dtype);
-      std::vector<Sum<T>> da(entries);
-      BackwardByFeature<T>{
-          pairs, value, pointer<T>(x), pointer<T>(W_dec), pointer<T>(gain),
-          {pointer<T>(grad_y), l1, pointer<bool>(mask)},
-          {output<T>(dW_enc), output<T>(db_enc), output<T>(dW_dec), da.data()}, D}
-          .run(F);
-      scatter_rows(
-          starts, feature, da.data(), pointer<T>(W_enc), output<T>(dx), num_tokens, D);
+      if (dense) {
+        differentiate<T>(in, features, grad_y, l1, gradients);
+      } else {
+        const Packed<T> again = Packed<T>::of_activations(features, num_tokens, F);
+        differentiate<T>(in, again.view(), grad_y, l1, gradients);
+      }
+    } else {
+      const PackedArguments kept(row_ptr, feature, value, "value", F, in.dtype);
+      if (dense) {
+        differentiate<T>(in, kept.dense<T>(F), grad_y, l1, gradients);
+      } else {
+        differentiate<T>(in, kept.view<T>(), grad_y, l1, gradients);
+      }
     }
-    column_sums(pointer<T>(grad_y), output<T>(db_dec), num_tokens, D);
+    column_sums(pointer<T>(grad_y), output<T>(gradients.b_dec), num_tokens, in.D);
     return 0;
   });
-  return {dx, dW_enc, db_enc, dW_dec, db_dec};
+  return {gradients.x, gradients.W_enc, gradients.b_enc, gradients.W_dec, gradients.b_dec};
 }
 
 }  // namespace tca_fast
