@@ -26,14 +26,15 @@ SHAPE = {
 
 def tiny_qwen2(seed: int = 0, **overrides) -> PreTrainedModel:
     """A random Qwen2 whose logits are far from uniform."""
-    return _random(Qwen2ForCausalLM, Qwen2Config(**{**SHAPE, **overrides}), seed)
+    return random_model(Qwen2ForCausalLM, Qwen2Config(**{**SHAPE, **overrides}), seed)
 
 
 def tiny_llama(seed: int = 0, **overrides) -> PreTrainedModel:
-    return _random(LlamaForCausalLM, LlamaConfig(**{**SHAPE, **overrides}), seed)
+    return random_model(LlamaForCausalLM, LlamaConfig(**{**SHAPE, **overrides}), seed)
 
 
-def _random(cls, config, seed: int) -> PreTrainedModel:
+def random_model(cls, config, seed: int) -> PreTrainedModel:
+    """Any architecture with weights far from those of a fresh model."""
     torch.manual_seed(seed)
     model = cls(config)
     with torch.no_grad():

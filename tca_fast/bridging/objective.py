@@ -84,7 +84,10 @@ class BridgingObjective(nn.Module, ABC):
         label_tokens: Tensor | None = None,
         real_tokens: Tensor | None = None,
     ) -> StepOutput:
-        """Evaluate the objective on one micro-batch, without waiting for the device.
+        """Evaluate the objective on one micro-batch.
+
+        Nothing here waits for the device. Hugging Face's attention masks do, once for every time
+        they are built, to see whether the batch has any padding.
 
         Args:
             input_ids: int64 [B, S], padded on the right.

@@ -99,6 +99,15 @@ class PartialRunner:
         head = self._without_layers()
         return head(inputs_embeds=states_TD.unsqueeze(0), use_cache=False).logits.squeeze(0)
 
+    def shares_embedding(self, other: PartialRunner) -> bool:
+        """Whether both models embed tokens by the same tensors."""
+        return _same_tensors([self._parts.embedding], [other._parts.embedding])
+
+    def shares_head(self, other: PartialRunner) -> bool:
+        """Whether both models' final norm and head are the same tensors."""
+        ours, theirs = self._parts, other._parts
+        return _same_tensors([ours.final_norm, ours.head], [theirs.final_norm, theirs.head])
+
     def _without_layers(self) -> Any:
         """The model's own forward around nothing but its final norm and head.
 
@@ -111,15 +120,6 @@ class PartialRunner:
             container = container.get_submodule(name)
         container._modules[decoder_name] = _NormAsDecoder(self._parts.final_norm)
         return model
-
-    def shares_embedding(self, other: PartialRunner) -> bool:
-        """Whether both models embed tokens by the same tensors."""
-        return _same_tensors([self._parts.embedding], [other._parts.embedding])
-
-    def shares_head(self, other: PartialRunner) -> bool:
-        """Whether both models' final norm and head are the same tensors."""
-        ours, theirs = self._parts, other._parts
-        return _same_tensors([ours.final_norm, ours.head], [theirs.final_norm, theirs.head])
 
 
 class _RecordedLayer(nn.Module):
