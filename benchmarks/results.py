@@ -14,7 +14,6 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 import tca_fast
 from benchmarks.measure import Machine
@@ -75,9 +74,11 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("MB moved", "GB/s", "peak MiB", "saved MiB", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
+    absent = [f"{row['variant']}: absent, {row['absent']}" for row in rows if "absent" in row]
+    if absent:
+        table.caption, table.caption_justify = "; ".join(absent), "left"
     for row in rows:
         if "absent" in row:
-            table.add_row(row["variant"], "", Text(f"absent: {row['absent']}", overflow="fold"))
             continue
         table.add_row(
             row["variant"],
