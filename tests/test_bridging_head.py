@@ -57,14 +57,20 @@ def of_whole_logits(teacher, students, labels):
     students=st.integers(1, 3),
     num_chunks=st.sampled_from([1, 3, 1000]),
     loss=st.sampled_from(["kl", "lm"]),
+    everywhere=st.booleans(),
     seed=st.integers(0, 999),
 )
-def test_values_and_gradients_equal_those_of_whole_logits(shape, students, num_chunks, loss, seed):
-    """Also with one token a chunk, with no label at all, and under unequal upstream gradients."""
+def test_values_and_gradients_equal_those_of_whole_logits(
+    shape, students, num_chunks, loss, everywhere, seed
+):
+    """Also with one token a chunk, with no label at all, under unequal upstream gradients, and
+    evaluated at every position, as on devices that would have to be waited for."""
     teacher, readouts, labels = problem(*shape, students, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head, "_NUM_CHUNKS", num_chunks)
         patch.setattr(head, "_LEAST_CHUNK_BYTES", 1)
+        if everywhere:
+            patch.setattr(head, "_positions", lambda counted: torch.arange(len(counted)))
         ours = distances(teacher, readouts, labels, loss)
     expected = of_whole_logits(teacher, readouts, labels)
     for a, b in zip(ours, expected, strict=True):

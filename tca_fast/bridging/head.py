@@ -160,14 +160,18 @@ class _Chunk(NamedTuple):
 def _chunks(labels_BS: Tensor, vocab_size: int) -> Iterator[_Chunk]:
     next_labels = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
     counted = next_labels != IGNORED_LABEL
-    if labels_BS.device.type == "cpu":
-        positions = counted.nonzero().squeeze(1)
-    else:
-        positions = torch.arange(len(next_labels), device=labels_BS.device)
+    positions = _positions(counted)
     least = _LEAST_CHUNK_BYTES // (4 * vocab_size)
     size = max(-(-len(positions) // _NUM_CHUNKS), least, 1)
     for part in positions.split(size):
         yield _Chunk(part, next_labels[part].clamp(min=0).unsqueeze(1), counted[part])
+
+
+def _positions(counted: Tensor) -> Tensor:
+    """Positions to evaluate: those that count where looking costs nothing, else all."""
+    if counted.device.type == "cpu":
+        return counted.nonzero().squeeze(1)
+    return torch.arange(len(counted), device=counted.device)
 
 
 class _Target:
