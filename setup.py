@@ -42,7 +42,8 @@ def extensions() -> list:
                 ("TORCH_TARGET_VERSION", TORCH_2_11),
                 ("Py_LIMITED_API", PYTHON_3_10),
             ],
-            extra_compile_args=["-O3", "-std=c++20"],
+            # Only the module's entry point is called from outside, and torch hides its own classes.
+            extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden"],
             py_limited_api=True,
         )
     ]

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 #include <limits>
 
 #include "../checks.h"
@@ -54,6 +55,18 @@ inline Tensor make(std::initializer_list<int64_t> shape, ScalarType dtype) {
       torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
+// a·b in the dtype of `a`. Written into memory of that dtype because autocast, which is still in
+// force in here, changes the dtype of a product that allocates its own.
+inline Tensor product(const Tensor& a, const Tensor& b) {
+  const Tensor out = make({a.sizes()[0], b.sizes()[1]}, a.scalar_type());
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(a), torch::stable::detail::from(b),
+      torch::stable::detail::from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 inline Tensor transposed(const Tensor& matrix) {
   Tensor view = matrix;
   return torch::stable::transpose(view, 0, 1);
@@ -96,7 +109,7 @@ struct EncoderArguments {
     W_enc = checked("W_enc", W_enc_, {F, D}, dtype);
   }
 
-  Tensor product() const { return torch::stable::matmul(x, transposed(W_enc)); }
+  Tensor encoder_product() const { return product(x, transposed(W_enc)); }
 };
 
 // W_dec [F, D] and gain [F], which fit the packed values.

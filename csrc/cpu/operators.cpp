@@ -58,17 +58,17 @@ void differentiate(
     AdapterGradients& out) {
   std::vector<Sum<T>> norm(in.F), active_sum(in.F);
   row_norms<T>(pointer<T>(in.W_dec), nullptr, norm.data(), in.F, in.D);
-  const Tensor da = torch::stable::matmul(grad_y, transposed(in.W_dec));
+  const Tensor da = product(grad_y, transposed(in.W_dec));
   backward_dense(
       pointer<T>(features), pointer<T>(in.gain), norm.data(), grad_l1,
       pointer<bool>(in.token_mask), output<T>(da), output<T>(out.b_enc), active_sum.data(),
       in.num_tokens, in.F);
-  out.W_dec = torch::stable::matmul(transposed(gained<T>(features, in)), grad_y);
+  out.W_dec = product(transposed(gained<T>(features, in)), grad_y);
   add_norm_gradient(
       pointer<T>(in.W_dec), norm.data(), active_sum.data(), grad_l1, output<T>(out.W_dec), in.F,
       in.D);
-  out.W_enc = torch::stable::matmul(transposed(da), in.x);
-  out.x = torch::stable::matmul(da, in.W_enc);
+  out.W_enc = product(transposed(da), in.x);
+  out.x = product(da, in.W_enc);
 }
 
 // Over active pairs only.
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(
   const Tensor b_enc = checked("b_enc", b_enc_, {in.F}, in.dtype);
   check_k(k, in.F);
   check_capacity(capacity);
-  const Tensor z = in.product();
+  const Tensor z = in.encoder_product();
   return dispatch(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Packed<T> packed(scan(pointer<T>(z), pointer<T>(b_enc), k, in.num_tokens, in.F));
@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
   const std::optional<Tensor> b_dec = checked("b_dec", b_dec_, {D}, in.dtype);
   check_capacity(capacity);
 
-  const Tensor z = in.product();
+  const Tensor z = in.encoder_product();
   Tensor l1 = make({}, sum_type(in.dtype)), l0 = make({num_tokens}, kFeature);
   Tensor fired = make({F}, kMask), y, row_ptr, feature, value;
   dispatch(in.dtype, [&](auto* type) {
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
       if (!keeps_dense) {
         activate_with_statistics<T>(in, z, output<int64_t>(row_ptr), statistics);
       }
-      y = torch::stable::matmul(gained<T>(z, in), in.W_dec);
+      y = product(gained<T>(z, in), in.W_dec);
       add_rows(output<T>(y), pointer<T>(mlp_out), pointer<T>(b_dec), num_tokens, D);
     } else {
       if (keeps_dense) {
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
         features = torch::stable::reshape(
             checked("value", value, {num_tokens * F}, in.dtype), {num_tokens, F});
       } else {
-        features = in.product();
+        features = in.encoder_product();
         std::vector<int64_t> starts(num_tokens + 1);
         activate_dense<T>(
             output<T>(features), pointer<T>(in.b_enc), nullptr, k, nullptr, starts.data(), {},
