@@ -92,6 +92,8 @@ class ObjectiveConfig(_Config):
         loss: "kl" trains on KL to the target and logs the LM loss; "lm" swaps the roles.
         step: how the passes are run: "shared" computes nothing twice, "plain" runs every model
             whole and is what the shared step is checked against.
+        gradient_checkpointing: keep only the input of every decoder layer for the backward and
+            run the layers again there: less memory for about a third more time.
     """
 
     lambda_adapt: float = Field(default=1.0, ge=0)
@@ -102,6 +104,13 @@ class ObjectiveConfig(_Config):
     cutoffs: Literal["uniform"] | list[int] = "uniform"
     loss: Literal["kl", "lm"] = "kl"
     step: Literal["shared", "plain"] = "shared"
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check_step(self) -> ObjectiveConfig:
+        if self.gradient_checkpointing and self.step == "plain":
+            raise ValueError("gradient_checkpointing needs step 'shared'; set step=shared")
+        return self
 
 
 class DataConfig(_Config):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.profiler import ProfilerActivity, profile
+from peak_memory import peak_bytes
 
 from tca_fast import losses
 from tca_fast.bridging import head
@@ -145,19 +145,6 @@ def test_states_without_gradient_get_none():
         strict=True,
     ):
         torch.testing.assert_close(a, b)
-
-
-def peak_bytes(call):
-    """Most bytes that torch's CPU allocator held for a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = recorded.profiler.kineto_results.events()
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def test_peak_memory_is_under_a_twentieth_of_whole_logits(monkeypatch):

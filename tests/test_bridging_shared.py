@@ -7,6 +7,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak_memory import peak_bytes
 from tiny import SHAPE, batch, random_model, randomise, tiny_llama, tiny_qwen2
 from torch import nn
 
@@ -227,6 +228,30 @@ def test_nothing_is_left_on_the_models():
         for model in models(streams)
         for module in model.modules()
     )
+
+
+@pytest.mark.parametrize("backbone", ["target", "base"])
+def test_checkpointing_changes_nothing_but_memory(backbone):
+    """Every figure and gradient bit for bit; statistics are counted once."""
+    shape = {"num_hidden_layers": 12, "intermediate_size": 200}
+    streams = build_streams(
+        tiny_qwen2(1, **shape),
+        tiny_qwen2(2, **shape),
+        AdapterConfig(num_features=19),
+        backbone=backbone,
+    )
+    randomise(streams.adapted)
+    parameters = list(streams.adapted.parameters())
+
+    def step(checkpointing):
+        config = ObjectiveConfig(gradient_checkpointing=checkpointing, l1_weight=0.1)
+        output = SharedObjective(streams, config)(**batch(), cutoffs=[1, 12])
+        return output, torch.autograd.grad(output.loss, parameters)
+
+    (kept, expected), (again, gradients) = step(False), step(True)
+    assert again.metrics == kept.metrics and torch.equal(again.fired, kept.fired)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    assert peak_bytes(lambda: step(True)) < peak_bytes(lambda: step(False)) / 2
 
 
 @pytest.mark.parametrize("loss", ["kl", "lm"])

@@ -42,6 +42,11 @@ def test_round_trip(path, tmp_path):
         (MINIMAL, ["objective.l1_weight=abc"], "objective.l1_weight: 'abc'.*number"),
         (MINIMAL, ["objective.l1_weight=-1"], "objective.l1_weight: -1.*greater"),
         (MINIMAL, ["run.train_batch_size=1.5"], "run.train_batch_size: 1.5.*integer"),
+        (
+            MINIMAL,
+            ["objective.gradient_checkpointing=true", "objective.step=plain"],
+            "objective: gradient_checkpointing needs step 'shared'",
+        ),
         (MINIMAL, ["objective.cutoffs=every"], "objective.cutoffs.*'every'"),
         (MINIMAL, ["run.report_to=[mlflow]"], "run.report_to.*'mlflow'"),
         (MINIMAL, ["l1_weight"], "override: 'l1_weight' is not of the form"),

@@ -9,11 +9,14 @@ Shapes: T tokens, B sequences, S positions, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from tca_fast import sparsity
 from tca_fast.attachment import decoder_parts
 from tca_fast.bridging.streams import copy_container
 
@@ -50,9 +53,16 @@ class PartialRunner:
         vocab_size: V.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Find the parts of a model; nothing is copied and the model stays as it is."""
+    def __init__(self, model: PreTrainedModel, *, is_checkpointed: bool = False) -> None:
+        """Find the parts of a model; nothing is copied and the model stays as it is.
+
+        Args:
+            model: a causal language model in eval mode.
+            is_checkpointed: keep nothing of a layer for the backward but its input, and run it
+                again there.
+        """
         self._model = model
+        self._is_checkpointed = is_checkpointed
         self._parts = decoder_parts(model)
         self.vocab_size: int = model.config.vocab_size
 
@@ -65,7 +75,9 @@ class PartialRunner:
         """
         trace = Trace([], [])
         decoder = copy_container(self._parts.decoder)
-        layers = nn.ModuleList(_RecordedLayer(layer, trace) for layer in self._parts.layers)
+        layers = nn.ModuleList(
+            _RecordedLayer(layer, trace, self._call) for layer in self._parts.layers
+        )
         decoder._modules[self._parts.layers_name.rpartition(".")[2]] = layers
         decoder._modules[self._parts.final_norm_name] = nn.Identity()
         output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -86,7 +98,7 @@ class PartialRunner:
         """
         states = [state_BSD]
         for layer, call in zip(self._parts.layers[cutoff:], calls[cutoff:], strict=True):
-            output = layer(states[-1], *call.args, **call.kwargs)
+            output = self._call(layer, states[-1], call)
             states.append(output if isinstance(output, Tensor) else output[0])
         return states
 
@@ -108,6 +120,20 @@ class PartialRunner:
         ours, theirs = self._parts, other._parts
         return _same_tensors([ours.final_norm, ours.head], [theirs.final_norm, theirs.head])
 
+    def _call(self, layer: nn.Module, state_BSD: Tensor, call: LayerCall) -> Any:
+        if not (self._is_checkpointed and torch.is_grad_enabled()):
+            return layer(state_BSD, *call.args, **call.kwargs)
+        recorder = sparsity.current()
+
+        def run(state_BSD: Tensor) -> Any:
+            if sparsity.current() is recorder:
+                return layer(state_BSD, *call.args, **call.kwargs)
+            # In the backward: the same statistics, which the L1 needs, but added nowhere.
+            with sparsity.record(None if recorder is None else recorder.token_mask):
+                return layer(state_BSD, *call.args, **call.kwargs)
+
+        return checkpoint(run, state_BSD, use_reentrant=False, preserve_rng_state=False)
+
     def _without_layers(self) -> Any:
         """The model's own forward around nothing but its final norm and head.
 
@@ -123,12 +149,15 @@ class PartialRunner:
 
 
 class _RecordedLayer(nn.Module):
-    """A decoder layer that writes down what it is given."""
+    """A decoder layer that writes down what it is given before `call` runs it."""
 
-    def __init__(self, layer: nn.Module, trace: Trace) -> None:
+    def __init__(
+        self, layer: nn.Module, trace: Trace, call: Callable[[nn.Module, Tensor, LayerCall], Any]
+    ) -> None:
         super().__init__()
         self.layer = layer
         self._trace = trace
+        self._call = call
 
     def __getattr__(self, name: str) -> Any:
         """Decoders read settings such as `attention_type` off their layers."""
@@ -138,9 +167,10 @@ class _RecordedLayer(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        call = LayerCall(args, kwargs)
         self._trace.states.append(hidden_states)
-        self._trace.calls.append(LayerCall(args, kwargs))
-        return self.layer(hidden_states, *args, **kwargs)
+        self._trace.calls.append(call)
+        return self._call(self.layer, hidden_states, call)
 
 
 class _NormAsDecoder(nn.Module):

@@ -32,8 +32,9 @@ class SharedObjective(BridgingObjective):
     def __init__(self, streams: Streams, config: ObjectiveConfig) -> None:
         """Hold both streams; only the adapters have gradients."""
         super().__init__(streams, config)
-        self._adapter = PartialRunner(streams.adapted.model)
-        self._reference = PartialRunner(streams.reference)
+        options = {"is_checkpointed": config.gradient_checkpointing}
+        self._adapter = PartialRunner(streams.adapted.model, **options)
+        self._reference = PartialRunner(streams.reference, **options)
         self._shares_embedding = self._adapter.shares_embedding(self._reference)
         self._shares_head = self._adapter.shares_head(self._reference)
 
