@@ -13,9 +13,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
-# Ten thousand random cases for every operator and backend.
+# Ten thousand random cases of every random test for the C++ backend and 500 for the others, with
+# their count, and the cases marked slow, which need 9 GB.
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_ops.py -n auto --hypothesis-profile=long
+	$(BIN)/python -m pytest tests/test_ops*.py -n auto --hypothesis-profile=long \
+		--hypothesis-show-statistics
 
 # The extension compiled with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
 SANITIZED := build/sanitized
@@ -25,7 +27,8 @@ sanitize: $(INSTALLED)
 	CFLAGS="$(SANITIZERS) -g" LDFLAGS="$(SANITIZERS)" \
 		$(BIN)/python setup.py -q build_ext --build-temp build/sanitizing --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest tests/test_ops.py
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest \
+		tests/test_ops.py tests/test_ops_random.py tests/test_csrc_arguments.py -k "not reference"
 
 # Every operator and the layer, timed on this machine alone. BENCH takes options of the suites, such
 # as BENCH="--only 7B"; benchmarks/README.md has them.
