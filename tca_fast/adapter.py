@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tca_fast import ops, sparsity
 from tca_fast.config import AdapterConfig
+from tca_fast.density import DensityObserver
 from tca_fast.errors import UserError
 from tca_fast.ops import ActiveFeatures, AdapterOutput
 
@@ -30,13 +31,11 @@ class TranscoderAdapter(nn.Module):
         b_dec: decoder bias, [D], or None.
         gain: [F] multipliers of the activations, or None while all are 1. Not saved.
         expected_density: share of features that a pass reserves memory for, see `ops.adapter`.
-        observed_density: largest share that a pass on a CPU found active since the expectation
-            was last set.
+        observer: what recent passes found active.
     """
 
     gain: Tensor | None
     expected_density: float | None = None
-    observed_density: float | None = None
 
     def __init__(
         self,
@@ -57,6 +56,7 @@ class TranscoderAdapter(nn.Module):
         """
         super().__init__()
         self.config = config
+        self.observer = DensityObserver()
         bound = 1 / math.sqrt(width)
         encoder = torch.empty(config.num_features, width).uniform_(
             -bound, bound, generator=generator
@@ -97,19 +97,19 @@ class TranscoderAdapter(nn.Module):
             token_mask=token_mask,
             expected_density=self.expected_density,
         )
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and x.numel():
-            pairs = x.numel() // x.shape[-1] * self.config.num_features
-            density = int(output.num_active) / pairs
-            self.observed_density = max(density, self.observed_density or 0.0)
+        num_tokens = x.numel() // x.shape[-1]
+        self.observer.observe(output.num_active, num_tokens * self.config.num_features)
         return output
 
     def expect_observed_density(self) -> None:
-        """Reserve memory for what was seen since the last call.
+        """Reserve memory for what was seen since the last call, or as before if nothing was.
 
         To be called between steps and not within one: a pass that is run again in the backward
         (activation checkpointing) has to keep what the first one kept.
         """
-        self.expected_density, self.observed_density = self.observed_density, None
+        observed = self.observer.take()
+        if observed is not None:
+            self.expected_density = observed
 
     def encode(self, x: Tensor) -> ActiveFeatures:
         """Active features of `x` [..., D], before any gain."""

@@ -534,19 +534,33 @@ def _register(namespace: str, implementation: Callable[[str], Callable[..., Any]
             torch.library.register_autograd(operator, gradient, setup_context=save)
 
 
+def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep the dtype of products inside an operator, which autocast would lower."""
+
+    def run(*arguments: Any) -> Any:
+        device = next(a.device.type for a in arguments if isinstance(a, Tensor))
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+            return operator(*arguments)
+        with torch.autocast(device, enabled=False):
+            return operator(*arguments)
+
+    return run
+
+
 def _reference(name: str) -> Callable[..., Any]:
-    return getattr(reference, name)
+    return _without_autocast(getattr(reference, name))
 
 
 def _triton(name: str) -> Callable[..., Any]:
-    """An operator in Triton, whose import waits for the first call."""
+    """An operator in Triton, whose import waits for the first call; kernels know no strides."""
 
     def run(*arguments: Any) -> Any:
         from tca_fast.kernels import operators
 
-        return getattr(operators, name)(*arguments)
+        dense = (a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
+        return getattr(operators, name)(*dense)
 
-    return run
+    return _without_autocast(run)
 
 
 _namespace = _DISPATCHED

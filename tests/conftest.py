@@ -2,8 +2,13 @@
 
 import os
 
-import pytest
 import torch
+
+# Before anything imports Triton: without a device, its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
 from hypothesis import settings
 
 from tca_fast import ops

@@ -17,6 +17,7 @@ FLOORS = {
     "durable": 0,
     "ops": 1,
     "losses": 1,
+    "density": 1,
     "adapter": 2,
     "sparsity": 2,
     "attachment": 3,

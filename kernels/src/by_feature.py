@@ -87,7 +87,7 @@ def _launch(
     grad_y, grad_l1, gain, token_mask = upstream or (None, None, None, None)
     num_tokens, capacity = len(row_ptr) - 1, len(da)
     block, warps = launch.row(width)
-    backward_kernel[(num_features + pairs.num_extras,)](
+    segment_kernel[(num_features + pairs.num_extras,)](
         pairs.col_ptr, pairs.extra_ptr, pairs.order, pairs.token, value, da,
         grad_y, grad_l1, x, W_dec, gain, token_mask,
         dW_enc, db_enc, dW_dec, *partials,
@@ -125,7 +125,7 @@ def _segment(extra_ptr, num_features, STEPS: tl.constexpr):
 
 
 @triton.jit
-def backward_kernel(
+def segment_kernel(
     col_ptr, extra_ptr, order, token, value, da,
     grad_y, grad_l1, x, W_dec, gain, token_mask,
     dW_enc, db_enc, dW_dec, partial_enc, partial_dec, partial_sums,

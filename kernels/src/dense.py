@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tca_fast.kernels import launch
 from tca_fast.kernels.gather import norms
-from tca_fast.kernels.select import Counts
+from tca_fast.kernels.select import Counts, is_active
 
 _CHUNK, _TOKENS, _FEATURES = 1024, 16, 64
 
@@ -96,7 +96,7 @@ def backward(
     product(upstream.y, W_dec_FD.T, da)
     num_chunks = triton.cdiv(num_tokens, _CHUNK)
     partial = torch.empty(2, num_chunks, num_features, dtype=sums, device=x_TD.device)
-    backward_kernel[(triton.cdiv(num_features, _FEATURES), num_chunks)](
+    activation_backward_kernel[(triton.cdiv(num_features, _FEATURES), num_chunks)](
         features_TF, da, norm, upstream.gain, upstream.l1, upstream.token_mask, *partial, row_ptr,
         num_tokens, num_features, capacity,
         SUM=launch.triton_dtype(sums), TOKENS=_TOKENS, CHUNK=_CHUNK, FEATURES=_FEATURES,
@@ -142,7 +142,7 @@ def activate_kernel(
             words = tl.load(bits + t * num_words + f // 32, mask=inside, other=0)
             active = ((words >> (f % 32)) & 1) > 0
         else:
-            active = (z_F > 0) | (z_F != z_F)
+            active = is_active(z_F)
         a = tl.where(active, z_F, 0.0)
         tl.store(z + t * num_features + f, a, mask=inside)
         if l1 is not None:
@@ -159,7 +159,7 @@ def activate_kernel(
 
 
 @triton.jit
-def backward_kernel(
+def activation_backward_kernel(
     features, da, norm, gain, grad_l1, token_mask, partial_bias, partial_active, row_ptr,
     num_tokens, num_features, capacity,
     SUM: tl.constexpr, TOKENS: tl.constexpr, CHUNK: tl.constexpr,

@@ -96,8 +96,8 @@ def whole_feature_row(num_features: int) -> tuple[int, int]:
 
 def words_of_row(num_words: int) -> tuple[int, int]:
     """Block and warps of a program that unpacks the bit mask of one token, 32 features a word."""
-    block = min(128, triton.next_power_of_2(max(1, num_words)))
-    return block, 4
+    block = min(256, triton.next_power_of_2(max(1, num_words)))
+    return block, max(1, block // 128)
 
 
 class ProductBlocks(NamedTuple):

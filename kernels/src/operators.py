@@ -1,7 +1,8 @@
 """The operators, put together from the kernels; what each means is in `tca_fast.reference`.
 
 Nothing here waits for the device, and every size is known from the arguments, so a call can be
-captured in a CUDA graph. Products with whole weights go to the vendor's library.
+captured in a CUDA graph. Products with whole weights go to the vendor's library. All tensors are
+contiguous.
 
 Shapes: T tokens, D model width, F features, C capacity.
 """
@@ -32,10 +33,9 @@ def encode_backward(
     grad_value_C: Tensor, row_ptr: Tensor, feature: Tensor, x_TD: Tensor, W_enc_FD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dx [T,D], dW_enc [F,D], db_enc [F]) of packed activations."""
-    x_TD, W_enc_FD, da = x_TD.contiguous(), W_enc_FD.contiguous(), grad_value_C.contiguous()
     pairs = pack.by_feature(row_ptr, feature, W_enc_FD.shape[0])
-    dW_enc, db_enc = by_feature.encoder_gradients(row_ptr, pairs, da, x_TD)
-    dx, _ = gather_rows(row_ptr, feature, da, W_enc_FD)
+    dW_enc, db_enc = by_feature.encoder_gradients(row_ptr, pairs, grad_value_C, x_TD)
+    dx, _ = gather_rows(row_ptr, feature, grad_value_C, W_enc_FD)
     return dx, dW_enc, db_enc
 
 
@@ -52,10 +52,7 @@ def decode(
     More entries than fit, or a feature outside 0..F-1, gives NaN: the device finds out, and the
     host does not wait for it.
     """
-    y_TD, _ = gather_rows(
-        row_ptr, feature, value.contiguous(), W_dec_FD.contiguous(), gain=gain_F, bias=b_dec_D,
-        poison=True,
-    )  # fmt: skip
+    y_TD, _ = gather_rows(row_ptr, feature, value, W_dec_FD, gain=gain_F, bias=b_dec_D, poison=True)
     return y_TD
 
 
@@ -68,11 +65,8 @@ def decode_backward(
     gain_F: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (dvalue [C], dW_dec [F,D]) of `decode`."""
-    W_dec_FD = W_dec_FD.contiguous()
     pairs = pack.by_feature(row_ptr, feature, W_dec_FD.shape[0])
-    return by_feature.decoder_gradients(
-        row_ptr, pairs, value.contiguous(), grad_y_TD.contiguous(), W_dec_FD, gain_F
-    )
+    return by_feature.decoder_gradients(row_ptr, pairs, value, grad_y_TD, W_dec_FD, gain_F)
 
 
 def adapter(
@@ -90,7 +84,6 @@ def adapter(
     """The adapter branch and its statistics: (y, l1, l0, fired, row_ptr, feature, value)."""
     z_TF = torch.addmm(b_enc_F, x_TD, W_enc_FD.T)
     num_tokens, num_features = z_TF.shape
-    mlp_out_TD, W_dec_FD = mlp_out_TD.contiguous(), W_dec_FD.contiguous()
     mask = _as_bytes(token_mask_T)
     counts = Counts.empty(num_tokens, num_features, z_TF.device)
     keeps_dense = capacity >= z_TF.numel()
@@ -98,7 +91,7 @@ def adapter(
     if k is None and keeps_dense:
         y_TD, l1_T = _dense_forward(z_TF, None, mlp_out_TD, W_dec_FD, b_dec_D, gain_F, mask, counts)
         packed = _kept_dense(counts.row_ptr(), z_TF)
-        return y_TD, l1_T.sum(), counts.l0, counts.fired.bool(), *packed
+        return y_TD, l1_T.sum(), counts.l0, counts.fired.view(torch.bool), *packed
 
     bits = select(z_TF, mask, k, counts)
     row_ptr = counts.row_ptr()
@@ -119,7 +112,7 @@ def adapter(
             dense.activate(z_TF, bits, norm, mask, None, l1_T, overflow)
             scaled = z_TF if gain_F is None else z_TF * gain_F
             overflow_product(scaled, W_dec_FD, y_TD, overflow, base=mlp_out_TD, bias=b_dec_D)
-    return y_TD, l1_T.sum(), counts.l0, counts.fired.bool(), *packed
+    return y_TD, l1_T.sum(), counts.l0, counts.fired.view(torch.bool), *packed
 
 
 def adapter_backward(
@@ -137,8 +130,7 @@ def adapter_backward(
     value: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dW_enc, db_enc, dW_dec, db_dec) of `adapter`."""
-    x_TD, W_enc_FD, W_dec_FD = x_TD.contiguous(), W_enc_FD.contiguous(), W_dec_FD.contiguous()
-    upstream = dense.Upstream(grad_y_TD.contiguous(), grad_l1, gain_F, _as_bytes(token_mask_T))
+    upstream = dense.Upstream(grad_y_TD, grad_l1, gain_F, _as_bytes(token_mask_T))
     db_dec = upstream.y.sum(0, dtype=launch.sum_dtype(x_TD.dtype)).to(x_TD.dtype)
     num_tokens, num_features, capacity = x_TD.shape[0], W_enc_FD.shape[0], len(feature)
 
@@ -225,4 +217,4 @@ def _features_again(
 
 
 def _as_bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.contiguous().view(torch.uint8)
+    return None if mask is None else mask.view(torch.uint8)

@@ -86,25 +86,41 @@ def by_feature(row_ptr: Tensor, feature: Tensor, num_features: int) -> ByFeature
 
 
 @triton.jit
+def _popcount(word):
+    """Set bits of unsigned 32-bit words, by sums of ever wider fields."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
 def fill_kernel(
     z, bits, row_ptr, feature, value, num_features, num_words, capacity,
     WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Write the feature and value of every set bit of one token; those beyond C are left out."""
+    """Write the feature and value of every set bit of one token; those beyond C are left out.
+
+    Each round takes the lowest remaining bit of every word, so there are as many rounds as the
+    fullest word has bits: one or two in the regime this is for.
+    """
     t = tl.program_id(0).to(tl.int64)
     start = tl.load(row_ptr + t)
     for first in range(0, num_words, WORDS):
         w = first + tl.arange(0, WORDS)
         words = tl.load(bits + t * num_words + w, mask=w < num_words, other=0)
-        active = (words[:, None] >> tl.arange(0, 32)[None, :]) & 1
-        in_word = tl.sum(active, axis=1)
-        before = tl.cumsum(in_word, axis=0) - in_word
-        slot = start + before[:, None] + tl.cumsum(active, axis=1) - active
-        f = w[:, None] * 32 + tl.arange(0, 32)[None, :]
-        kept = (active > 0) & (slot < capacity)
-        z_F = tl.load(z + t * num_features + f, mask=kept, other=0.0)
-        tl.store(feature + slot, f, mask=kept)
-        tl.store(value + slot, z_F, mask=kept)
+        words = words.to(tl.uint32, bitcast=True)
+        in_word = _popcount(words)
+        slot = start + tl.cumsum(in_word, axis=0) - in_word
+        for _ in range(tl.max(in_word, axis=0)):
+            rest = words & (words - 1)
+            f = w * 32 + _popcount((words ^ rest) - 1)
+            kept = (words != 0) & (slot < capacity)
+            z_W = tl.load(z + t * num_features + f, mask=kept, other=0.0)
+            tl.store(feature + slot, f, mask=kept)
+            tl.store(value + slot, z_W, mask=kept)
+            slot += 1
+            words = rest
         start += tl.sum(in_word, axis=0)
 
 

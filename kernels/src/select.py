@@ -87,6 +87,13 @@ def select(
 
 
 @triton.jit
+def is_active(z):
+    """Whether pre-activations leave something behind: a NaN does, so that it stays visible."""
+    z = z.to(tl.float64) if z.dtype == tl.float64 else z.to(tl.float32)
+    return (z > 0) | (z != z)
+
+
+@triton.jit
 def _store_active(
     active, t, f, w, num_tokens, num_features, num_words, token_mask, bits, fired,
     FEATURES: tl.constexpr,
@@ -137,7 +144,7 @@ def threshold_kernel(
         w = first // 32 + tl.arange(0, FEATURES // 32)
         inside = (t < num_tokens)[:, None] & (f < num_features)[None, :]
         z_TF = tl.load(z + t[:, None] * num_features + f[None, :], mask=inside, other=0.0)
-        active = (z_TF > 0) | (z_TF != z_TF)
+        active = is_active(z_TF)
         count += _store_active(
             active, t, f, w, num_tokens, num_features, num_words, token_mask, bits, fired,
             FEATURES,
@@ -168,11 +175,12 @@ def topk_kernel(
     if WIDE:
         key = z_F.to(tl.int64, bitcast=True)
     else:
-        key = z_F.to(tl.float32).to(tl.int32, bitcast=True)
+        z_F = z_F.to(tl.float32)
+        key = z_F.to(tl.int32, bitcast=True)
     one = tl.full((), 1, dtype=key.dtype)
     largest = ((one << HIGHEST_BIT) - 1) + (one << HIGHEST_BIT)
     largest = (largest >> LOWEST_BIT) << LOWEST_BIT
-    key = tl.where(z_F != z_F, largest, tl.where(z_F > 0, key, 0))
+    key = tl.where(is_active(z_F), tl.where(z_F > 0, key, largest), 0)
 
     limit = tl.zeros((), dtype=key.dtype)
     for step in range(HIGHEST_BIT - LOWEST_BIT + 1):

@@ -181,11 +181,10 @@ def _operators(devices: list[str]) -> list[Serving]:
 def _reason(device: str, backend: str, devices: list[str]) -> str:
     serves = "serves" if device == "CPU" or devices else "would serve; no CUDA device here"
     if backend != "reference":
-        return f"the compiled extension is registered for {device}, so it {serves}"
-    why = f"nothing faster is registered for {device}"
-    if device == "CPU":
-        why = "the compiled extension is not installed"
-    return f"{why}, so plain PyTorch {serves}"
+        who = {"cpp": "the compiled extension is", "triton": "the Triton backend is"}[backend]
+        return f"{who} registered for {device}, so it {serves}"
+    why = "Triton" if device == "CUDA" else "the compiled extension"
+    return f"{why} is not installed, so plain PyTorch {serves}"
 
 
 def _missing(devices: list[str]) -> list[Missing]:
