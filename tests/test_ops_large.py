@@ -57,6 +57,7 @@ def test_the_selection_is_exact(F, k, ties):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize(
     "density",
     [
