@@ -31,6 +31,10 @@ def _triton():
         yield
 
 
+# The interpreter cuts numbers off when it stores them as bfloat16, where a device rounds.
+CASES = cases(dtypes=[torch.float32, torch.float64, torch.float16])
+
+
 def few(long: int = 500) -> settings:
     """As many cases as the profile asks for, up to what the interpreter can do."""
     is_long = settings.get_current_profile_name() == "long"
@@ -48,13 +52,13 @@ def small(case: Case) -> Case:
 
 
 @few()
-@given(case=cases().map(small))
+@given(case=CASES.map(small))
 def test_adapter_equals_dense_autograd(case):
     check_adapter(case, adapter_of(case))
 
 
 @few()
-@given(case=cases().map(small), room=st.sampled_from([0.0, 0.1, 0.6, 0.99]))
+@given(case=CASES.map(small), room=st.sampled_from([0.0, 0.1, 0.6, 0.99]))
 def test_an_overflow_drops_nothing(case, room):
     """Every capacity below T·F: what does not fit goes through the predicated dense products."""
     capacity = int(room * case.T * case.F)
@@ -68,7 +72,7 @@ def test_an_overflow_drops_nothing(case, room):
 
 
 @few()
-@given(case=cases().map(small))
+@given(case=CASES.map(small))
 def test_encode_and_decode_equal_dense_autograd(case):
     arguments = {name: case.tensors[name] for name in ("x", "W_enc", "b_enc")}
 
@@ -87,7 +91,7 @@ def test_encode_and_decode_equal_dense_autograd(case):
     y = ops.decode(active, W_dec, case.tensors["b_dec"], gain=case.gains)
     with ops.backend("reference"):
         expected = ops.decode(active, W_dec, case.tensors["b_dec"], gain=case.gains)
-    rounding = dict(atol=1e-4, rtol=1e-4) if case.dtype.itemsize > 2 else dict(atol=0.5, rtol=0.05)
+    rounding = dict(atol=1e-4, rtol=1e-4) if case.dtype.itemsize > 2 else dict(atol=0.05, rtol=0.01)
     torch.testing.assert_close(y, expected, **rounding)
     for a, b in zip(gradients([y], [W_dec]), gradients([expected], [W_dec]), strict=True):
         torch.testing.assert_close(a, b, **rounding)
