@@ -57,6 +57,9 @@ def main() -> None:
         assert not result.interrupted and result.step == result.total_steps, result
         unbroken = [f"run.output_dir={config.parent}/unbroken{stage}", "run.save_steps=0"]
         train(load_config(config, unbroken), deepspeed, show_progress=False)
+        checkpointed = [f"run.output_dir={config.parent}/checkpointed{stage}", "run.save_steps=0"]
+        checkpointed += ["objective.gradient_checkpointing=true", "run.eval_steps=0"]
+        train(load_config(config, checkpointed), deepspeed, show_progress=False)
     fill_disk(config)
 
 

@@ -50,6 +50,15 @@ def single(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def plain(single) -> list[dict]:
+    """Log of the same run in one process by the plain step."""
+    output = single / "plain"
+    settings = ["objective.step=plain", f"run.output_dir={output}", "run.eval_steps=0"]
+    train(load_config(single / "run.yaml", settings), show_progress=False)
+    return records(output)
+
+
+@pytest.fixture(scope="module")
 def stages(single) -> Path:
     done = launch(29611, Path(__file__).with_name("deepspeed_stages.py"), single / "run.yaml")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -73,6 +82,15 @@ def test_two_ranks_train_like_one(stages, stage):
         records(stages / f"unbroken{stage}", "validation"), validation, strict=True
     ):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_with_checkpointing_train_like_the_plain_step(stages, plain, stage):
+    together = records(stages / f"checkpointed{stage}")
+    assert len(plain) == len(together) == 20
+    for ours, theirs in zip(together, plain, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
