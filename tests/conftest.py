@@ -2,16 +2,15 @@
 
 import os
 
-import torch
-
-# Before anything imports Triton: without a device, its kernels run in the interpreter.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
+import torch
 from hypothesis import settings
 
 from tca_fast import ops
+
+# Read when the first kernel is called: without a device, kernels run in Triton's interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # `make test-long` names the second profile. There, a test that asks for `share` runs as often as
 # its backend has shares, with other random cases each time, so that workers can divide them.

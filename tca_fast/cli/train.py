@@ -7,9 +7,6 @@ from typing import Annotated
 
 import typer
 
-from tca_fast.config import load_config
-from tca_fast.train import INTERRUPTED, report
-
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, such as configs/miniature.yaml.")],
@@ -25,6 +22,8 @@ def train(
     ] = None,
 ) -> None:
     """Train adapters; status 0 when done, 2 on a mistake, 130 after Ctrl-C and a checkpoint."""
+    from tca_fast.config import load_config
+    from tca_fast.train import INTERRUPTED, report
     from tca_fast.training.run import train as run_training
 
     changes = list(overrides or [])
