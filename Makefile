@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.tca_fast
 
-.PHONY: demo test test-long sanitize bench lint clean
+.PHONY: demo test test-long sanitize bench gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tca-fast demo
@@ -24,6 +24,7 @@ SANITIZED := build/sanitized
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: $(INSTALLED)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r tca_fast $(SANITIZED) && rm -f $(SANITIZED)/tca_fast/*.so
+	cp -r kernels/src $(SANITIZED)/tca_fast/kernels
 	CFLAGS="$(SANITIZERS) -g" LDFLAGS="$(SANITIZERS)" \
 		$(BIN)/python setup.py -q build_ext --build-temp build/sanitizing --build-lib $(SANITIZED)
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
@@ -36,6 +37,14 @@ RESULTS ?= benchmarks/results/$(shell git describe --always --dirty).json
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/bench_layer.py benchmarks/bench_ops.py -q --benchmark-quiet \
 		--out $(RESULTS) $(BENCH)
+
+# Everything a GPU has to show, with the Python of that machine; benchmarks/gpu.py names the stages.
+STAGE ?= all
+OUT ?= gpu-results
+gpu:
+	$(PYTHON) -c "import tca_fast.kernels" 2>/dev/null || \
+		$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tca_fast import reference
 from tca_fast.errors import UserError
+from tca_fast.kernels import DENSE_SHARE
 
 # Share of all features expected to be active when nothing is known of it, by kind of device. More
 # may fire: on a CPU they are then computed again in the backward, which costs one encoder product;
@@ -32,7 +33,7 @@ from tca_fast.errors import UserError
 _DEFAULT_DENSITY = {"cpu": 1 / 32, "cuda": 1.0}
 # From this share on, activations are kept densely. On a CPU, packing twice as many would take as
 # much memory; on CUDA, dense products are faster from about here on (performance §3b).
-_DENSE_DENSITY = {"cpu": 1 / 4, "cuda": 1 / 128}
+_DENSE_DENSITY = {"cpu": 1 / 4, "cuda": DENSE_SHARE}
 
 # Implementations beside the reference: the device they serve, the module that holds them, and what
 # installs it.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tca_fast"
+KERNELS = Path(__file__).parents[1] / "kernels" / "src"  # installed as tca_fast.kernels
 
 # The floor of every room; `tca_fast.__init__` and `__main__` stand on top.
 FLOORS = {
@@ -15,6 +16,7 @@ FLOORS = {
     "config": 0,
     "reference": 0,
     "durable": 0,
+    "kernels": 0,
     "ops": 1,
     "losses": 1,
     "density": 1,
@@ -55,6 +57,11 @@ def imported_rooms(path: Path) -> set[str]:
     return {part[1] for part in parts if part[0] == "tca_fast" and part[1] in FLOORS}
 
 
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: str(p.name))
+def test_kernels_know_nothing_of_the_package(path):
+    assert imported_rooms(path) <= {"kernels"}
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.name))
 def test_imports_go_down(path):
     here = room(path)
@@ -67,7 +74,7 @@ def test_imports_go_down(path):
 
 def test_no_code_outside_the_rooms():
     rooms = {room(path) for path in PACKAGE.rglob("*.py")}
-    assert rooms == set(FLOORS)
+    assert rooms | {"kernels"} == set(FLOORS)
 
 
 def test_import_needs_only_torch():

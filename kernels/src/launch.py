@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tca_fast.kernels import DENSE_SHARE
+
 # Registers of a program hold a few float32 rows of the model width; this many numbers a thread.
 _NUMBERS_PER_THREAD = 16
 _MOST_WARPS = 16
@@ -20,10 +22,6 @@ _MOST_WARPS = 16
 TOKENS_PER_PROGRAM = 4
 # Tokens of one feature that one program adds up; a feature that fires for more is split.
 TOKENS_PER_SEGMENT = 256
-# Above this share of active pairs, gathering rows of 2·D bytes through the cache takes longer than
-# the dense product: pairs·2·D / 5.5 TB/s against 2·T·D·F / 750 TFLOP/s (performance floors, to be
-# checked on a device).
-DENSE_SHARE = 1 / 128
 
 
 class Overflow(NamedTuple):
@@ -56,7 +54,7 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
 
 def gathers(num_active: int, num_tokens: int, num_features: int) -> bool:
-    """Whether so few pairs are active that reading single rows beats a dense product."""
+    """Whether so few pairs are active that reading single rows beats dense products."""
     return num_active <= DENSE_SHARE * num_tokens * num_features
 
 
