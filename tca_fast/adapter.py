@@ -74,19 +74,20 @@ class TranscoderAdapter(nn.Module):
         """Add the branch to the MLP's output.
 
         Args:
-            x: input of the MLP, [..., D].
-            mlp_out: output of the MLP, [..., D], the dtype of `x`.
+            x: input of the MLP, [..., D]; cast to the dtype of `mlp_out`, which under autocast is
+                the lower of the two.
+            mlp_out: output of the MLP, [..., D].
             token_mask: bool [...]; False leaves a token out of the statistics.
 
         Returns:
             Output and statistics, see `ops.AdapterOutput`.
 
         Raises:
-            UserError: shapes or dtypes that do not fit.
+            UserError: shapes that do not fit.
         """
-        dtype = x.dtype
+        dtype = mlp_out.dtype
         output = ops.adapter(
-            x,
+            x.to(dtype),
             mlp_out,
             self.W_enc.to(dtype),
             self.b_enc.to(dtype),

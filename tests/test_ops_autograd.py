@@ -62,10 +62,8 @@ def block(request):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_changes_nothing(backend, block, dtype):
+def test_autocast_changes_nothing(block, dtype):
     """The operators decide what they compute in; as the reference does, outside autocast."""
-    if backend == "reference":
-        return  # the other side of this comparison
     x, mlp_out = (t.to(dtype).detach().requires_grad_() for t in (tokens(), tokens().flip(0)))
 
     def run():
@@ -95,7 +93,17 @@ def test_a_layer_under_autocast_agrees_with_the_reference(block):
     assert ours[0].dtype == torch.bfloat16
     assert all(g.dtype == torch.float32 for g in ours[2:])
     scale = max(float(t.detach().abs().max()) for t in reference)
-    expect_equal(ours, reference, rtol=2**-6, atol=2**-7 * scale, check_dtype=False)
+    expect_equal(ours, reference, rtol=2**-6, atol=2**-7 * scale)
+
+
+def test_an_adapter_takes_the_dtype_that_autocast_gives_the_mlp(block):
+    """Norms leave float32 hidden states where the MLP's products leave bfloat16."""
+    x, mlp_out = tokens(), tokens().flip(0).bfloat16()
+    expected = block.adapter(x.bfloat16(), mlp_out)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = block.adapter(x, mlp_out)
+    assert output.y.dtype == torch.bfloat16
+    assert torch.equal(output.y, expected.y) and torch.equal(output.l1, expected.l1)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
