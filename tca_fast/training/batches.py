@@ -44,6 +44,14 @@ class MicroBatch(NamedTuple):
     labels: torch.Tensor
     weight: float = 1.0
 
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device, without waiting for it."""
+        return self._replace(
+            input_ids=to_device(self.input_ids, device),
+            attention_mask=to_device(self.attention_mask, device),
+            labels=to_device(self.labels, device),
+        )
+
     @property
     def label_tokens(self) -> int:
         """Positions t with `labels[t+1] != -100`; 0 for a stand-in."""
@@ -53,6 +61,16 @@ class MicroBatch(NamedTuple):
     def real_tokens(self) -> int:
         """Positions with `attention_mask` 1; 0 for a stand-in."""
         return int(self.attention_mask.sum()) if self.weight else 0
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on a device, without waiting for what the device is doing.
+
+    Only a copy from pinned memory waits for nothing; its source stays alive until it is done.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class StepBatch(NamedTuple):

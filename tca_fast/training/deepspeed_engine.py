@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,11 @@ def _describe_group_of_one() -> None:
 
 
 class DeepSpeedEngine(Engine):
-    """One rank of a DeepSpeed run, with the client's AdamW over the adapters only."""
+    """One rank of a DeepSpeed run, with the client's AdamW over the adapters only.
+
+    DeepSpeed reads the gradient norm on the host in every step, so the device is waited for here
+    in any case, and whether loss and gradients are finite is read right before its step.
+    """
 
     def __init__(self, objective: nn.Module, config: TrainConfig, group: DeepSpeedGroup) -> None:
         import deepspeed
@@ -200,6 +204,9 @@ class DeepSpeedEngine(Engine):
             optimizer=make_optimizer(list(self.parameters.values()), config.optimizer),
             config=group.settings,
         )
+        self._is_finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for parameter in self.parameters.values():
+            parameter.register_hook(self._watch)
         # Its scripts that merge shards are of no use: the adapters lie beside, whole.
         self.engine._copy_recovery_script = lambda save_path: None
         self.stage = int(self.engine.zero_optimization_stage())
@@ -218,20 +225,37 @@ class DeepSpeedEngine(Engine):
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.engine.backward(loss * self.num_ranks, scale_wrt_gas=False)
 
-    def apply(self, learning_rate: float) -> float:
-        """Clip, step and clear; see `Engine.apply`. Under ZeRO the norm is known afterwards."""
+    def apply(self, learning_rate: float, loss: Tensor) -> Tensor:
+        """Clip, step and clear; see `Engine.apply`.
+
+        Under ZeRO the norm is known afterwards; that the sum of finite gradients overflows is the
+        one case in which the step was applied before it stops the run.
+        """
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss is {float(loss)}")
+        if self.any_over_ranks(~self._is_finite):
+            raise FloatingPointError("a gradient is not finite")
         norm = None
         if self.stage == 0 and not self.engine.bfloat16_enabled():
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            norm = torch.nn.utils.get_total_norm(gradients)
             _check_norm(norm)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self.engine.step()
         if norm is None:
-            norm = float(self.engine.get_global_grad_norm())
+            norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
             _check_norm(norm)
         return norm
+
+    def _watch(self, gradient: Tensor) -> None:
+        """Note one gradient of one micro-batch, before ZeRO reduces and scatters it."""
+        self._is_finite.logical_and_(gradient.isfinite().all())
+
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        """All-reduce on the device, which DeepSpeed's last step has just been waited for."""
+        own = torch.tensor(counts, dtype=torch.int64, device=self.device)
+        return self.sum_over_ranks(own).tolist()
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """All-reduce."""
@@ -301,9 +325,9 @@ class DeepSpeedEngine(Engine):
         self.engine.destroy()
 
 
-def _check_norm(norm: float) -> None:
-    if norm != norm or norm == float("inf"):
-        raise FloatingPointError(f"gradient norm is {norm}")
+def _check_norm(norm: Tensor) -> None:
+    if not norm.isfinite():
+        raise FloatingPointError(f"the gradient norm is {float(norm)}")
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,20 @@ class Engine(ABC):
         """Add the gradient of one micro-batch; `is_last` marks the last one of the step."""
 
     @abstractmethod
-    def apply(self, learning_rate: float) -> float:
-        """Clip, take one optimizer step, clear gradients; returns the norm before clipping.
+    def apply(self, learning_rate: float, loss: Tensor) -> Tensor:
+        """Clip, take one optimizer step, clear gradients.
+
+        A step whose loss or gradient norm is not finite is not applied, nor is any after it.
+
+        Args:
+            learning_rate: of this step.
+            loss: 0-d on the device, of the global batch.
+
+        Returns:
+            0-d on the device: the norm before clipping.
 
         Raises:
-            FloatingPointError: the norm is not finite.
+            FloatingPointError: an engine that waits for the device anyway found either not finite.
         """
 
     @abstractmethod
@@ -60,6 +69,10 @@ class Engine(ABC):
     @abstractmethod
     def load_state(self, directory: Path) -> None:
         """Restore parameters and optimizer from a checkpoint; called on every rank."""
+
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        """Sums over ranks of integers that the host knows."""
+        return list(counts)
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Sum of a tensor over ranks, the same on all of them."""
@@ -88,18 +101,26 @@ def trainable(objective: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over one parameter group (contract §3.7); the rate is set at every step."""
+    """AdamW over one parameter group (contract §3.7); the rate is set at every step.
+
+    The fused kind, because it alone can be told on the device to leave a step out.
+    """
     return torch.optim.AdamW(
         parameters,
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
 class LocalEngine(Engine):
-    """One process, one device, float32 master parameters."""
+    """One process, one device, float32 master parameters.
+
+    The host never waits for the device here. A flag on the device tells the optimizer to leave out
+    a step that is not finite; it stays set, because the host queues the next step before it learns.
+    """
 
     name = "local"
 
@@ -109,6 +130,10 @@ class LocalEngine(Engine):
         self.max_grad_norm = config.max_grad_norm
         self.parameters = trainable(objective)
         self.optimizer = make_optimizer(list(self.parameters.values()), config)
+        # 1 once a step was not finite. The name is the one by which `torch.amp.GradScaler` tells
+        # fused optimizers to change neither parameters nor moments nor step counts.
+        self._is_stopped = torch.zeros((), device=device)
+        self.optimizer.found_inf = self._is_stopped  # type: ignore[attr-defined]
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """Call the objective."""
@@ -118,11 +143,10 @@ class LocalEngine(Engine):
         """Add the gradient of one micro-batch to `.grad`."""
         loss.backward()
 
-    def apply(self, learning_rate: float) -> float:
-        """Clip the global 2-norm, step, clear; see `Engine.apply`."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm).item()
-        if norm != norm or norm == float("inf"):
-            raise FloatingPointError(f"gradient norm is {norm}")
+    def apply(self, learning_rate: float, loss: Tensor) -> Tensor:
+        """Clip the global 2-norm, step, clear; see `Engine.apply`. Raises nothing."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        self._is_stopped.masked_fill_(~(loss.isfinite() & norm.isfinite()), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -159,7 +183,7 @@ class LocalEngine(Engine):
             with torch.no_grad():
                 parameter.copy_(weights[key])
             state = {
-                key.rpartition("/")[2]: value.to(parameter.device if value.dim() else "cpu")
+                key.rpartition("/")[2]: value.to(parameter.device)
                 for key, value in moments.items()
                 if key.rpartition("/")[0] == name
             }

@@ -96,7 +96,16 @@ def train(
         _note_skipped(data.corpora, log)
         validation = _validation_batch(config, data, engine)
         trainer = Trainer(
-            config, engine, streams, provenance, data.plan, progress, ages, validation, log
+            config,
+            engine,
+            streams,
+            provenance,
+            data.plan,
+            data.corpora["train"],
+            progress,
+            ages,
+            validation,
+            log,
         )
         return trainer.run(_training_batches(data, engine, progress))
     finally:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,12 @@ from tca_fast.checkpoint import Provenance
 from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
 from tca_fast.sparsity import FeatureAges
-from tca_fast.training.batches import BatchPlan, MicroBatch, StepBatch
+from tca_fast.training.batches import BatchPlan, MicroBatch, StepBatch, to_device
+from tca_fast.training.data import Corpus
 from tca_fast.training.engine import Engine
 from tca_fast.training.interrupt import StopRequest
 from tca_fast.training.logs import RunLog
+from tca_fast.training.metrics import Moment, QueuedStep, StepMetrics, to_host
 from tca_fast.training.schedule import learning_rate, warmup_steps
 from tca_fast.training.state import Progress, save_adapter, save_checkpoint
 
@@ -45,7 +45,7 @@ class TrainResult:
 
 
 class _Totals(NamedTuple):
-    """Figures of one optimizer step, summed over ranks before its first forward."""
+    """Counts of one optimizer step, summed over ranks before its first forward."""
 
     label_tokens: int
     real_tokens: int
@@ -56,22 +56,22 @@ class _Totals(NamedTuple):
 
 
 class _Accumulated(NamedTuple):
-    """What the micro-batches of a step add up to, over all ranks."""
+    """What the micro-batches of a step add up to, over all ranks, on the device.
 
-    figures: dict[str, float]
+    Attributes:
+        names: of `values`, metrics of the objective.
+        values: float64 [len(names)].
+        fired: bool [L, F].
+    """
+
+    names: tuple[str, ...]
+    values: Tensor
     fired: Tensor
 
-
-@dataclass
-class _Speed:
-    """Real tokens and the seconds spent on their steps; validation and saving do not count."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-
     @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
+    def loss(self) -> Tensor:
+        """0-d."""
+        return self.values[self.names.index("loss")]
 
 
 class Trainer:
@@ -83,6 +83,7 @@ class Trainer:
         streams: the models inside the engine's objective.
         provenance: of the adapters, for their saved directories.
         plan: which sequences make which step.
+        corpus: the training file.
         progress: where the run stands; updated in place.
         ages: tokens since each feature fired; updated in place.
         validation: this rank's share of the validation sequences, or None.
@@ -96,20 +97,20 @@ class Trainer:
         streams: Streams,
         provenance: Provenance,
         plan: BatchPlan,
+        corpus: Corpus,
         progress: Progress,
         ages: FeatureAges,
         validation: StepBatch | None,
         log: RunLog,
     ) -> None:
         self.config, self.engine, self.streams = config, engine, streams
-        self.provenance, self.plan = provenance, plan
+        self.provenance = provenance
         self.progress, self.ages = progress, ages
         self.validation, self.log = validation, log
         self.output_dir = Path(config.run.output_dir)
         self.num_warmup = warmup_steps(progress.total_steps, config.optimizer.warmup_ratio)
+        self.metrics = StepMetrics(config, plan, corpus, progress.total_steps, log)
         self.saved: Path | None = None
-        self._since_log = _Speed()
-        self._since_start = _Speed()
 
     def run(self, batches: Iterator[StepBatch]) -> TrainResult:
         """Train on `batches`, one per remaining optimizer step, then save the adapters.
@@ -118,12 +119,16 @@ class Trainer:
             UserError: a sequence that is too long, a loss that is not finite, a full disk.
         """
         with StopRequest() as stop:
-            for batch in batches:
-                totals = self._totals(batch, stop.requested)
-                if totals.stops:
-                    break
-                self._step(batch, totals)
-                self._between_steps()
+            try:
+                for batch in batches:
+                    totals = self._totals(batch, stop.requested)
+                    if totals.stops:
+                        break
+                    self._step(batch, totals)
+                    self._between_steps()
+            finally:
+                # However the loop ends, what it trained is logged.
+                self.metrics.settle()
             # Asked of every rank together, so that none leaves while the others go on.
             interrupted = self.progress.step < self.progress.total_steps
             if interrupted:
@@ -143,37 +148,54 @@ class Trainer:
             bool(batch.error),
             stop,
         )
-        counts = torch.tensor(own, dtype=torch.int64, device=self.engine.device)
-        totals = _Totals(*self.engine.sum_over_ranks(counts).tolist())
+        totals = _Totals(*self.engine.sum_counts(own))
         if totals.errors:
             raise UserError(next(text for text in self.engine.gather_text(batch.error) if text))
         return totals
 
     def _step(self, batch: StepBatch, totals: _Totals) -> None:
-        """One optimizer step: all micro-batches forward and backward, then the update."""
-        config, step = self.config, self.progress.step
-        started = time.perf_counter()
+        """Queue one optimizer step, and log the one before it.
+
+        All micro-batches forward and backward, then the update; nothing is read off the device in
+        between, and this step's metrics not before the next one is queued.
+
+        Raises:
+            UserError: the loss or gradient norm of the step before, or of this one where the
+                engine waits for it, was not finite.
+        """
+        config, progress = self.config, self.progress
+        began = Moment(self.engine.device)
         cutoffs = sample_cutoffs(
-            config.objective, self.streams.num_layers, seed=config.run.seed, step=step
+            config.objective, self.streams.num_layers, seed=config.run.seed, step=progress.step
         )
         sums = self._accumulate(batch.micro_batches, cutoffs, totals[:2], backward=True)
-        if not math.isfinite(sums.figures["loss"]):
-            raise self._diverged(f"the loss is {sums.figures['loss']}")
-        rate = learning_rate(
-            step, config.optimizer.learning_rate, self.progress.total_steps, self.num_warmup
-        )
+        peak = config.optimizer.learning_rate
+        rate = learning_rate(progress.step, peak, progress.total_steps, self.num_warmup)
         try:
-            norm = self.engine.apply(rate)
+            norm = self.engine.apply(rate, sums.loss)
         except FloatingPointError as error:
-            raise self._diverged(str(error)) from None
+            self.metrics.settle()
+            raise self.metrics.diverged(progress.step + 1, str(error)) from None
         self.ages.update(sums.fired, totals.real_tokens)
-        self.progress.step += 1
-        self.progress.tokens_seen += totals.real_tokens
-        self.progress.sequences_seen += totals.sequences
-        for speed in (self._since_log, self._since_start):
-            speed.seconds += time.perf_counter() - started
-            speed.tokens += totals.real_tokens
-        self._log_step(sums.figures, totals, rate, norm)
+        progress.step += 1
+        progress.tokens_seen += totals.real_tokens
+        progress.sequences_seen += totals.sequences
+        queued = QueuedStep(
+            progress.step,
+            sums.names,
+            to_host(sums.values),
+            to_host(norm),
+            to_host(self.ages.num_dead(config.run.dead_after_tokens)),
+            learning_rate=rate,
+            real_tokens=totals.real_tokens,
+            sequences=totals.sequences,
+            truncated=totals.truncated,
+            tokens_seen=progress.tokens_seen,
+            sequences_seen=progress.sequences_seen,
+            began=began,
+            ended=Moment(self.engine.device),
+        )
+        self.metrics.queue(queued)
 
     def _accumulate(
         self,
@@ -182,19 +204,17 @@ class Trainer:
         counts: Sequence[int],
         backward: bool,
     ) -> _Accumulated:
-        """Sum of the objective's shares over micro-batches and ranks.
-
-        The device is waited for once, at the end.
-        """
+        """Sum of the objective's shares over micro-batches and ranks."""
         device = self.engine.device
-        label_tokens, real_tokens = torch.tensor(counts, dtype=torch.int64, device=device)
+        label_tokens, real_tokens = to_device(torch.tensor(counts, dtype=torch.int64), device)
         values, fired = None, torch.zeros_like(self.ages.tokens, dtype=torch.bool)
-        names: list[str] = []
-        for position, micro_batch in enumerate(micro_batches, start=1):
+        names: tuple[str, ...] = ()
+        for position, on_host in enumerate(micro_batches, start=1):
+            micro_batch = on_host.to(device)
             output: Any = self.engine.forward(
-                micro_batch.input_ids.to(device),
-                micro_batch.attention_mask.to(device),
-                micro_batch.labels.to(device),
+                micro_batch.input_ids,
+                micro_batch.attention_mask,
+                micro_batch.labels,
                 cutoffs,
                 label_tokens=label_tokens,
                 real_tokens=real_tokens,
@@ -202,48 +222,15 @@ class Trainer:
             if backward:
                 is_last = position == len(micro_batches)
                 self.engine.backward(output.loss * micro_batch.weight, is_last)
-            names = list(output.metrics)
+            names = tuple(output.metrics)
             share = torch.stack([value.double() for value in output.metrics.values()])
             share = share * micro_batch.weight
             values = share if values is None else values + share
             if micro_batch.weight:
                 fired |= output.fired
         assert values is not None, "every rank has a micro-batch in every step"
-        totals = self.engine.sum_over_ranks(values).tolist()
-        return _Accumulated(
-            dict(zip(names, totals, strict=True)), self.engine.any_over_ranks(fired)
-        )
-
-    def _diverged(self, what: str) -> UserError:
-        step = self.progress.step + 1
-        return UserError(
-            f"optimizer.learning_rate: {self.config.optimizer.learning_rate}: {what} at step "
-            f"{step}, so training stopped without saving that step; lower the rate or mend the "
-            "data, then resume from the last checkpoint"
-        )
-
-    def _log_step(
-        self, figures: dict[str, float], totals: _Totals, rate: float, norm: float
-    ) -> None:
-        step, run = self.progress.step, self.config.run
-        self.log.progress(figures, self._since_start.tokens_per_second)
-        if step % run.logging_steps and step != self.progress.total_steps:
-            return
-        dead = self.ages.num_dead(run.dead_after_tokens)
-        record = {
-            **figures,
-            "learning_rate": rate,
-            "grad_norm": norm,
-            "dead_features": int(dead.sum()),
-            **{f"dead_features/layer_{i}": count for i, count in enumerate(dead.tolist())},
-            "truncated": totals.truncated / totals.sequences,
-            "epoch": step / self.plan.steps_per_epoch,
-            "tokens_seen": self.progress.tokens_seen,
-            "sequences_seen": self.progress.sequences_seen,
-            "tokens_per_second": self._since_log.tokens_per_second,
-        }
-        self.log.log("train", step, record)
-        self._since_log = _Speed()
+        totals = self.engine.sum_over_ranks(values)
+        return _Accumulated(names, totals, self.engine.any_over_ranks(fired))
 
     def _between_steps(self) -> None:
         step, run = self.progress.step, self.config.run
@@ -259,17 +246,20 @@ class Trainer:
         Bridging is measured at the configured cutoffs, or in the middle when they are drawn, so
         that validations can be compared. Feature ages stay as they are.
         """
+        self.metrics.settle()
         objective, num_layers = self.config.objective, self.streams.num_layers
         cutoffs = [num_layers // 2] if objective.cutoffs == "uniform" else list(objective.cutoffs)
         if objective.num_cutoffs == 0 or objective.lambda_bridge == 0:
             cutoffs = []
-        own = torch.tensor([batch.label_tokens, batch.real_tokens], device=self.engine.device)
-        counts = self.engine.sum_over_ranks(own).tolist()
+        counts = self.engine.sum_counts([batch.label_tokens, batch.real_tokens])
         with torch.no_grad():
             sums = self._accumulate(batch.micro_batches, cutoffs, counts, backward=False)
-        self.log.log("validation", self.progress.step, sums.figures)
+        figures = dict(zip(sums.names, sums.values.tolist(), strict=True))
+        self.log.log("validation", self.progress.step, figures)
 
     def _save(self) -> None:
+        # Not before the step is known to be finite.
+        self.metrics.settle()
         self.saved = save_checkpoint(
             self.output_dir,
             self.config,
