@@ -6,8 +6,10 @@ Every line of `log.jsonl` is an object with `step` (optimizer steps done), `spli
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -155,23 +157,24 @@ def _progress_bar(done: int, total: int) -> Any:
     )
 
 
-def _missing(name: str, package: str) -> UserError:
-    return UserError(
-        f"run.report_to: {name!r} needs the package {package}; pip install {package}, or leave it "
-        "out (log.jsonl is written in any case)"
-    )
+def _package(name: str, module: str) -> Any:
+    """The module of a logger, or the complaint that its package is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(
+            f"run.report_to: {name!r} needs the package {name}; pip install {name}, or leave it "
+            "out (log.jsonl is written in any case)"
+        ) from None
 
 
 class _TensorBoard:
     def __init__(
         self, config: TrainConfig, output_dir: Path, run_id: str, resume_step: int
     ) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise _missing("tensorboard", "tensorboard") from None
+        writer = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter
         purge = resume_step + 1 if resume_step else None
-        self._writer: Any = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge)
+        self._writer: Any = writer(str(output_dir / "tensorboard"), purge_step=purge)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         for name, value in figures.items():
@@ -181,22 +184,12 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _Wandb:
-    def __init__(
-        self, config: TrainConfig, output_dir: Path, run_id: str, resume_step: int
-    ) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise _missing("wandb", "wandb") from None
-        self._run: Any = wandb.init(
-            project=PROJECT,
-            id=run_id,
-            name=config.run.run_name,
-            dir=str(output_dir),
-            config=config.model_dump(mode="json"),
-            resume="allow",
-        )
+class _TrackedRun:
+    """A run of wandb, or of trackio, which has the same interface."""
+
+    def __init__(self, package: Any, config: TrainConfig, **options: Any) -> None:
+        settings = config.model_dump(mode="json")
+        self._run: Any = package.init(project=PROJECT, config=settings, resume="allow", **options)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._run.log(figures, step=step)
@@ -205,26 +198,19 @@ class _Wandb:
         self._run.finish()
 
 
-class _Trackio:
-    def __init__(
-        self, config: TrainConfig, output_dir: Path, run_id: str, resume_step: int
-    ) -> None:
-        try:
-            import trackio
-        except ImportError:
-            raise _missing("trackio", "trackio") from None
-        self._run: Any = trackio.init(
-            project=PROJECT,
-            name=config.run.run_name or run_id,
-            config=config.model_dump(mode="json"),
-            resume="allow",
-        )
-
-    def log(self, step: int, figures: dict[str, float]) -> None:
-        self._run.log(figures, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+def _wandb(config: TrainConfig, output_dir: Path, run_id: str, resume_step: int) -> Reporter:
+    package, name = _package("wandb", "wandb"), config.run.run_name
+    return _TrackedRun(package, config, id=run_id, name=name, dir=str(output_dir))
 
 
-_REPORTERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "trackio": _Trackio}
+def _trackio(config: TrainConfig, output_dir: Path, run_id: str, resume_step: int) -> Reporter:
+    # A run is continued by its name here; there is no id.
+    package, name = _package("trackio", "trackio"), config.run.run_name or run_id
+    return _TrackedRun(package, config, name=name)
+
+
+_REPORTERS: dict[str, Callable[[TrainConfig, Path, str, int], Reporter]] = {
+    "tensorboard": _TensorBoard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}
