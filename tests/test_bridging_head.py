@@ -134,6 +134,16 @@ def test_without_gradient_nothing_is_kept():
         torch.testing.assert_close(a, b.detach())
 
 
+def test_states_may_have_any_layout():
+    teacher, readouts, labels = problem(2, 12, 30, 4, 1, 0)
+    leaf = readouts[0].states.detach().transpose(0, 1).contiguous().requires_grad_()
+    student = Readout(leaf.transpose(0, 1), readouts[0].head)
+    found = [fn(teacher, [student], labels)[0].sum() for fn in (distances, of_whole_logits)]
+    ours, expected = (torch.autograd.grad(kl, leaf)[0] for kl in found)
+    assert expected.any()
+    torch.testing.assert_close(ours, expected)
+
+
 def test_states_without_gradient_get_none():
     teacher, (first, second), labels = problem(2, 12, 30, 4, 2, 0)
     second = Readout(second.states.detach(), second.head)

@@ -18,13 +18,15 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from tca_fast.losses import IGNORED_LABEL, accumulation_dtype
 
-# A chunk is 1/32 of the tokens: then its five tensors [C, V] together are a sixth of one [T, V],
-# and the weights of the head are read 32 times at most. Chunks of few bytes only cost calls.
-_NUM_CHUNKS = 32
+# A chunk is 1/16 of the tokens: then its four tensors [C, V] together are a quarter of one [T, V],
+# of which a plain KL holds six or seven, and products with the head have enough rows to be fast.
+# Chunks of few bytes would only cost calls.
+_NUM_CHUNKS = 16
 _LEAST_CHUNK_BYTES = 2**23
 
 
@@ -99,7 +101,7 @@ class _ChunkedDistances(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         wanted = [loss is not None and needed for needed in ctx.needs_input_grad[4:]]
         gradients = [
-            torch.zeros_like(state) if want else None
+            torch.zeros_like(state, memory_format=torch.contiguous_format) if want else None
             for state, want in zip(states_BSD, wanted, strict=True)
         ]
         sums = []
@@ -192,23 +194,27 @@ class _Target:
         rows = student.states.detach().flatten(0, 1)[chunk.positions]
         with torch.set_grad_enabled(gradient_BSD is not None):
             logits = student.head.logits(rows.requires_grad_(gradient_BSD is not None))
+        # The edge is all that the gradient needs of the logits; they are freed.
+        dtype, edge = logits.dtype, get_gradient_edge(logits) if logits.requires_grad else None
         log_probabilities = _log_softmax(logits.detach())
+        del logits
         # Not two sums of logarithms: a small KL would be lost between them.
         difference = self.log_probabilities - log_probabilities
         kl = chunk.sum(difference.mul_(self.probabilities).sum(-1))
         del difference
         lm = chunk.cross_entropy(log_probabilities)
-        if gradient_BSD is not None:
-            # d/d logits: softmax(student) - softmax(teacher) of KL, softmax - one-hot of LM.
-            upstream = log_probabilities.exp_()
-            if loss == "kl":
-                upstream -= self.probabilities
-            else:
-                one_hot = torch.ones_like(chunk.next_tokens, dtype=upstream.dtype)
-                upstream.scatter_add_(1, chunk.next_tokens, -one_hot)
-            upstream *= chunk.counted.unsqueeze(1)
-            (gradient,) = torch.autograd.grad(logits, rows, upstream.to(logits.dtype))
-            gradient_BSD.flatten(0, 1).index_copy_(0, chunk.positions, gradient)
+        if edge is None or gradient_BSD is None:
+            return kl, lm
+        # d/d logits: softmax(student) - softmax(teacher) of KL, softmax - one-hot of LM.
+        upstream = log_probabilities.exp_()
+        if loss == "kl":
+            upstream -= self.probabilities
+        else:
+            one_hot = torch.ones_like(chunk.next_tokens, dtype=upstream.dtype)
+            upstream.scatter_add_(1, chunk.next_tokens, -one_hot)
+        upstream *= chunk.counted.unsqueeze(1)
+        (gradient,) = torch.autograd.grad(edge, rows, upstream.to(dtype))
+        gradient_BSD.view(-1, gradient.shape[1]).index_copy_(0, chunk.positions, gradient)
         return kl, lm
 
 
