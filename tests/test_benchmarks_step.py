@@ -1,0 +1,81 @@
+"""The step benchmark runs, counts layer passes, and times nothing that is wrong."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # the suites are outside the package
+
+from benchmarks import losses, step
+from benchmarks.measure import Machine
+from benchmarks.results import write_results
+from benchmarks.step_cases import STEP_CASES
+from benchmarks.step_variants import VARIANTS, Variant
+from tca_fast.bridging.plain import PlainObjective
+from tca_fast.cli.bench import read_results
+
+FACTS = {"device": "a", "commit": "b", "versions": {}, "dtype": "float32"}
+MACHINE = Machine(torch.device("cpu"), torch.float32, 1e9, FACTS)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    bench = step.StepBench(STEP_CASES["tiny"][0], list(VARIANTS), MACHINE)
+    return {row["variant"]: row for row in bench.rows(step.uniform_cutoffs(3, None))}
+
+
+def test_passes_are_those_of_the_arithmetic(rows):
+    """L 3, one uniform cutoff (performance.md §4): bridges run 1.5 layers on average each way."""
+
+    def passes(name):
+        return [rows[name]["passes"][kind] for kind in step._PASSES]
+
+    # Adapter and reference forward, adapter and reference backward.
+    published, shared = [9.0, 7.5, 9.0, 0.75], [3.75, 3.75, 3.75, 0.75]
+    for name in ("published", "published, sparse adapters", "published, chunked losses"):
+        assert passes(name) == published, name
+    assert passes("plain") == [6.0, 4.5, 6.0, 0.75]
+    assert passes("shared") == passes("published, shared passes") == shared
+
+
+def test_rows_are_results(rows, tmp_path):
+    for row in rows.values():
+        assert row["measured_l0"] == pytest.approx(4, rel=0.2)
+        assert row["tokens_per_s"] == pytest.approx(24 / row["mean_ms"] * 1e3)
+    assert rows["published"]["speedup"] == rows["published"]["throughput_ratio"] == 1
+    assert rows["published"]["backend"] == "dense" != rows["shared"]["backend"]
+    write_results(tmp_path / "a.json", list(rows.values()))
+    assert read_results(tmp_path / "a.json") == list(rows.values())
+
+
+class HalvedObjective(PlainObjective):
+    def _passes(self, *inputs):
+        passes = super()._passes(*inputs)
+        return passes._replace(main={name: value / 2 for name, value in passes.main.items()})
+
+
+def test_nothing_is_timed_that_is_wrong(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "shared", Variant(HalvedObjective, False))
+    bench = step.StepBench(STEP_CASES["tiny"][0], ["plain", "shared"], MACHINE)
+    with pytest.raises(SystemExit, match="shared is off by .*; nothing timed"):
+        bench.rows([1])
+
+
+def test_cutoffs_stand_for_the_uniform_distribution():
+    assert step.uniform_cutoffs(28, None) == list(range(29))
+    assert step.uniform_cutoffs(28, 29) == list(range(29))
+    for number in (1, 3, 5, 10):
+        cutoffs = step.uniform_cutoffs(28, number)
+        assert len(set(cutoffs)) == number
+        assert sum(cutoffs) / number == pytest.approx(14, abs=0.5)
+
+
+def test_the_losses_are_compared_before_they_are_timed(monkeypatch):
+    bench = losses.LossBench(losses.LOSS_CASES["tiny"][0], MACHINE)
+    whole, chunks = bench.rows(rounds=1)
+    assert whole["peak_share"] == 1 and chunks["peak_bytes"] > 0
+    monkeypatch.setattr(bench, "chunked", lambda: [2 * value for value in bench.whole()])
+    with pytest.raises(SystemExit, match="chunks are off by 1.0e"):
+        bench.rows(rounds=1)
