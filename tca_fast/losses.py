@@ -6,6 +6,10 @@ whole batch. Reductions run in float32 (float64 for float64 inputs) whatever the
 models, because bfloat16 cannot resolve a small KL over a large vocabulary (contract §3.8).
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,12 +74,42 @@ def squared_error_sums(
     Returns:
         Two 0-d tensors: sum of M·(h - h_ref)² and sum of M·h_ref² (contract §3.3).
     """
-    dtype = accumulation_dtype(states_BSD)
     mask = token_mask_BS.bool().unsqueeze(-1)
-    reference = reference_states_BSD.to(dtype)
-    error = torch.where(mask, (states_BSD.to(dtype) - reference).square(), 0.0).sum()
-    energy = torch.where(mask, reference.square(), 0.0).sum()
-    return error, energy
+    error = _SquaredError.apply(states_BSD, reference_states_BSD, mask)
+    reference = reference_states_BSD.to(accumulation_dtype(states_BSD))
+    return error, torch.where(mask, reference.square(), 0.0).sum()
+
+
+class _SquaredError(torch.autograd.Function):
+    """Sum of M·(h - h_ref)², which keeps its arguments for the backward and nothing else.
+
+    A model has one such sum for every state, whose differences in float32 would together be
+    larger than the states.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(states, reference, mask)
+        return _masked_difference(states, reference, mask).square_().sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        # d/dh Σ M·(h - h_ref)² = 2·M·(h - h_ref)
+        gradient = _masked_difference(*ctx.saved_tensors).mul_(2 * upstream)
+        states, reference, _ = ctx.saved_tensors
+        of_states, of_reference, _ = ctx.needs_input_grad
+        return (
+            gradient.to(states.dtype) if of_states else None,
+            -gradient.to(reference.dtype) if of_reference else None,
+            None,
+        )
+
+
+def _masked_difference(states: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    dtype = accumulation_dtype(states)
+    # Not a product with the mask: what lies in the padding may not be finite.
+    return torch.where(mask, states.to(dtype) - reference.to(dtype), 0.0)
 
 
 def nmse(error_sum: Tensor, energy_sum: Tensor, num_elements: Tensor | int) -> Tensor:

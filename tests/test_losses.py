@@ -67,6 +67,33 @@ def test_nmse_equals_its_definition_and_ignores_padding(dtype):
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_squared_error_has_the_gradients_of_its_definition(dtype):
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(2, 4, 3, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for _ in range(2)
+    ]
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    error, _ = losses.squared_error_sums(*states, mask)
+    ours = torch.autograd.grad(0.7 * error, states)
+    exact = [state.detach().double() for state in states]
+    difference = (exact[0] - exact[1]) * mask.unsqueeze(-1)
+    for gradient, expected in zip(ours, (1.4 * difference, -1.4 * difference), strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_squared_error_keeps_nothing_but_its_arguments():
+    states, reference = torch.randn(2, 1, 8, 4).unbind()
+    states.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        losses.squared_error_sums(states, reference, torch.ones(1, 8))
+    large = {t.data_ptr() for t in kept if t.numel() >= states.numel()}
+    assert large == {states.data_ptr(), reference.data_ptr()}
+
+
 def test_nmse_without_tokens_is_zero():
     empty = torch.zeros(1, 2, 3)
     sums = losses.squared_error_sums(empty, empty, torch.zeros(1, 2))
