@@ -1,6 +1,7 @@
 """The shared step against the plain one: values, gradients, and what it does not run."""
 
 import collections
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from tca_fast import AdapterConfig
 from tca_fast.attachment import decoder_parts
+from tca_fast.bridging.golden import verify
 from tca_fast.bridging.plain import PlainObjective
 from tca_fast.bridging.shared import SharedObjective
 from tca_fast.bridging.streams import build_streams
@@ -114,6 +116,12 @@ def test_random_pairs_agree(case):
     streams = build_streams(base, target, adapter, backbone=backbone)
     randomise(streams.adapted, seed)
     assert_steps_agree(streams, objective, random_batch(lengths, labelled, seed), cutoffs)
+
+
+def test_the_numbers_of_the_reference_are_met():
+    checks = verify(Path(__file__).parent / "golden", step="shared")
+    assert sum(bool(check.ok) for check in checks) > 300
+    assert not [check.name for check in checks if check.ok is False]
 
 
 # What each adds to Qwen2 and Llama that a partial run or the head has to reproduce.
