@@ -271,6 +271,24 @@ def test_what_was_trained_is_logged_when_the_data_fail(pair, tmp_path, monkeypat
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3]
 
 
+def test_what_was_trained_is_logged_after_an_impatient_ctrl_c(pair, tmp_path, monkeypatch):
+    """The second signal cuts a step short; the step before it is still unread."""
+
+    class Interrupted(LocalEngine):
+        num_forwards = 0
+
+        def forward(self, *inputs, **options):
+            self.num_forwards += 1
+            if self.num_forwards == 8:
+                raise KeyboardInterrupt
+            return super().forward(*inputs, **options)
+
+    monkeypatch.setattr(running, "LocalEngine", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(pair, tmp_path / "run", "run.eval_steps=0")
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3]
+
+
 # Stopping
 
 

@@ -228,8 +228,8 @@ class DeepSpeedEngine(Engine):
     def apply(self, learning_rate: float, loss: Tensor) -> Tensor:
         """Clip, step and clear; see `Engine.apply`.
 
-        Under ZeRO the norm is known afterwards; that the sum of finite gradients overflows is the
-        one case in which the step was applied before it stops the run.
+        Under ZeRO the norm is known afterwards. Finite gradients whose sum or norm is not stop the
+        run then; whether they were applied is up to DeepSpeed's own check for overflow.
         """
         if not loss.isfinite():
             raise FloatingPointError(f"the loss is {float(loss)}")

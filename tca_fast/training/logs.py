@@ -2,6 +2,7 @@
 
 Every line of `log.jsonl` is an object with `step` (optimizer steps done), `split` ("train" or
 "validation") and figures of the global batch of that step, or of the validation sequences.
+A step's line is written when the next step has been queued, see `metrics`.
 """
 
 from __future__ import annotations
