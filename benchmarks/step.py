@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -30,6 +31,7 @@ from benchmarks.results import WIDTH, find_machine, write_results
 from benchmarks.step_cases import STEP_CASES, StepCase, make_batch, make_sparse, make_streams
 from benchmarks.step_variants import VARIANTS, LayerPasses, Variant, adapters_of
 from benchmarks.timing import spread, stopwatch
+from tca_fast.bridging.objective import StepOutput
 from tca_fast.bridging.streams import Streams
 from tca_fast.config import ObjectiveConfig
 
@@ -51,11 +53,15 @@ class StepBench:
         objective = ObjectiveConfig()
         self.objectives = {name: VARIANTS[name].step(self.streams, objective) for name in names}
 
+    def forward(self, name: str, cutoff: int) -> StepOutput:
+        """The objective, with its graph."""
+        with adapters_of(VARIANTS[name], self.streams):
+            return self.objectives[name](**self.batch, cutoffs=[cutoff])
+
     def step(self, name: str, cutoff: int) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         """Metrics and gradients of one step."""
-        with adapters_of(VARIANTS[name], self.streams):
-            output = self.objectives[name](**self.batch, cutoffs=[cutoff])
-            return output.metrics, torch.autograd.grad(output.loss, self.parameters)
+        output = self.forward(name, cutoff)
+        return output.metrics, torch.autograd.grad(output.loss, self.parameters)
 
     def check(self) -> float:
         """Compare all variants at a cutoff in the middle; returns the measured L0.
@@ -125,8 +131,24 @@ class StepBench:
             else median(b / o for b, o in zip(baseline, ours, strict=True)),
             "throughput_ratio": None if baseline is None else fmean(baseline) / fmean(ours),
             "passes": {kind: passes[kind] / len(ours) for kind in _PASSES},
+            "forward_peak_bytes": peak_bytes(self.machine.device, self.forward, name, cutoff),
             "peak_bytes": peak_bytes(self.machine.device, self.step, name, cutoff),
+            "host_waits": host_waits(self.machine.device, lambda: self.step(name, cutoff)),
         }
+
+
+def host_waits(device: torch.device, call: Callable[[], object]) -> int | None:
+    """How often the host waited for the device during a call; None on a CPU, which is both."""
+    if device.type == "cpu":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def uniform_cutoffs(num_layers: int, number: int | None) -> list[int]:
@@ -145,7 +167,7 @@ def print_rows(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     table.add_column("variant")
     for heading in ("median ms", "20-80 %", "tokens/s", "ratio", "speed-up"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("A fwd", "R fwd", "A bwd", "R bwd", "peak MiB"):
+    for heading in ("A fwd", "R fwd", "A bwd", "R bwd", "forward MiB", "peak MiB", "waits"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         ratios = (row["throughput_ratio"], row["speedup"])
@@ -156,7 +178,9 @@ def print_rows(console: Console, rows: Sequence[dict[str, Any]]) -> None:
             f"{row['tokens_per_s']:.0f}",
             *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             *(f"{row['passes'][kind]:.2f}" for kind in _PASSES),
+            f"{row['forward_peak_bytes'] / 2**20:.0f}",
             f"{row['peak_bytes'] / 2**20:.0f}",
+            "" if row["host_waits"] is None else str(row["host_waits"]),
         )
     console.print(table)
 

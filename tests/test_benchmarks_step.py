@@ -43,6 +43,7 @@ def test_passes_are_those_of_the_arithmetic(rows):
 def test_rows_are_results(rows, tmp_path):
     for row in rows.values():
         assert row["measured_l0"] == pytest.approx(4, rel=0.2)
+        assert 0 < row["forward_peak_bytes"] <= row["peak_bytes"] and row["host_waits"] is None
         assert row["tokens_per_s"] == pytest.approx(24 / row["mean_ms"] * 1e3)
     assert rows["published"]["speedup"] == rows["published"]["throughput_ratio"] == 1
     assert rows["published"]["backend"] == "dense" != rows["shared"]["backend"]
