@@ -6,7 +6,8 @@ states is computed in the forward, while a chunk's logits are there, and only [T
 One evaluation of the teacher serves every student. The head is frozen and gets no gradient.
 
 liger-kernel's chunked distillation losses are not used: they compute a head gradient, take the
-teacher anew for every student, and know neither a norm nor a soft-cap before the softmax.
+teacher anew for every student, sum KL over unlabelled tokens too, read a scalar on the host in the
+backward, and know neither a norm nor a soft-cap before the softmax.
 
 Shapes: T tokens, B sequences, S positions, D model width, V vocabulary, N students, C chunk.
 """
