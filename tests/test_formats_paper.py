@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny import batch, tiny_qwen2
 
 from tca_fast.errors import UserError
+from tca_fast.fingerprint import fingerprint
 from tca_fast.formats.paper import (
     load_paper_checkpoint,
+    read,
     read_paper_checkpoint,
     tensor_name,
     to_paper,
@@ -190,6 +192,36 @@ def test_what_does_not_fit_is_one_line_that_names_it(released, spoil, message):
     with pytest.raises(UserError, match=message) as caught:
         load_paper_checkpoint(released)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda d: edit(d, model_type="llama"), "model_type is not 'qwen2'"),
+        (
+            lambda d: edit(d, transcoder_n_features=8),
+            r"shape \[7, 24\], expected of shape \[8, 24\]",
+        ),
+        (lambda d: edit(d, transcoder_dec_bias=False), "dec.bias is not called for"),
+        (lambda d: edit(d, num_hidden_layers=2), "layers.2.*is not called for"),
+        (lambda d: edit(d, num_hidden_layers=4), "layers.3.*is in none of the files"),
+        (lambda d: change(d, lambda t: t.pop(ENCODER)), "transcoder_enc.weight is missing"),
+        (lambda d: change(d, lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "in none of"),
+        (lambda d: os.truncate(d / "model.safetensors", 900), "not a whole safetensors file"),
+    ],
+)
+def test_reading_without_the_model_checks_as_much(released, spoil, message):
+    spoil(released)
+    with pytest.raises(UserError, match=message) as caught:
+        read(released)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_is_that_of_the_loaded_model(released):
+    expected = fingerprint(load_paper_checkpoint(released).model)
+    assert read(released).info.provenance.fingerprint == expected
+    shard(released)
+    assert read(released).info.provenance.fingerprint == expected
 
 
 def test_our_own_checkpoints_are_recognised(released):

@@ -1,1 +1,1 @@
-"""Foreign checkpoint formats, one module each."""
+"""Checkpoint formats, one module each, and the way from one to another."""

@@ -20,9 +20,13 @@ import torch
 from torch import Tensor
 
 from tca_fast.attachment import AdaptedModel, attach
+from tca_fast.checkpoint import Provenance
 from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
+from tca_fast.formats.adapter_set import AdapterSet, Placement, open_adapters
+from tca_fast.formats.qwen2 import qwen2_fingerprint
 from tca_fast.formats.shards import read_tensors, weight_files
+from tca_fast.formats.tensor_files import read_headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +54,60 @@ def is_adapter_tensor(key: str) -> bool:
 def to_paper(name: str, tensor: Tensor) -> Tensor:
     """One of our tensors, or its gradient, as the paper lays it out: the decoder is [D, F]."""
     return tensor.T if name == "W_dec" else tensor
+
+
+def recognises(directory: Path) -> bool:
+    """Whether a directory holds a checkpoint with adapters in the paper's format."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "transcoder_n_features" in config
+
+
+def read(directory: Path) -> AdapterSet:
+    """Open the adapters of a released checkpoint, to be read one tensor at a time.
+
+    The fingerprint is that of the backbone beside them, so the adapters are refused by other
+    models wherever they go.
+
+    Raises:
+        UserError: as `read_paper_checkpoint`.
+    """
+    raw = _read_config(directory)
+    files = {key: path for path in weight_files(directory) for key in read_headers(path)}
+    adapter = _adapter_config(raw)
+    names = [name for name in _SUFFIXES if name != "b_dec" or adapter.decoder_bias]
+    somewhere = next(iter(files.values()))
+    expected = {
+        tensor_name(layer, name) for layer in range(raw["num_hidden_layers"]) for name in names
+    }
+    if stray := sorted(key for key in files if "transcoder" in key and key not in expected):
+        raise UserError(
+            f"{files[stray[0]]}: {stray[0]} is not called for by config.json; give a whole "
+            "checkpoint in the paper's format"
+        )
+
+    def placements(layer: int) -> list[Placement]:
+        keys = {name: tensor_name(layer, name) for name in names}
+        return [
+            Placement(name, files.get(key, somewhere).name, key, transposed=name == "W_dec")
+            for name, key in keys.items()
+        ]
+
+    return open_adapters(
+        directory,
+        adapter,
+        Provenance(fingerprint=qwen2_fingerprint(raw, files)),
+        placements,
+        num_layers=raw["num_hidden_layers"],
+        hidden_size=raw["hidden_size"],
+        notes=[
+            "the names of base and target are not in the files: name them with --base and "
+            "--target, or load the adapters onto the model of this directory",
+        ],
+        other_keys=lambda key: "transcoder" not in key,
+    )
 
 
 def read_paper_checkpoint(

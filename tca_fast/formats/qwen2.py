@@ -1,0 +1,51 @@
+"""The fingerprint of a Qwen2 checkpoint from its files, without loading the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tca_fast.errors import UserError
+from tca_fast.fingerprint import Fingerprint, fingerprint
+from tca_fast.formats.tensor_files import read_tensor
+
+
+def qwen2_fingerprint(config: Mapping[str, Any], files: Mapping[str, Path]) -> Fingerprint:
+    """What `fingerprint` gives for the loaded model, with two layers in memory.
+
+    Args:
+        config: `config.json`.
+        files: the file of every tensor.
+
+    Raises:
+        UserError: a tensor of the first or last layer is missing or misshapen.
+    """
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    num_layers = config["num_hidden_layers"]
+    ends = [0] if num_layers == 1 else [0, num_layers - 1]
+    # Only the first and last layer count, so a model of these alone has the same fingerprint.
+    small = {
+        key: value
+        for key, value in config.items()
+        if key not in ("layer_types", "bos_token_id", "eos_token_id", "pad_token_id")
+    } | {"num_hidden_layers": len(ends), "vocab_size": 1}
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(Qwen2Config.from_dict(small))
+    for layer, module in zip(ends, model.model.layers, strict=True):
+        tensors = {}
+        for name, parameter in module.named_parameters():
+            key = f"model.layers.{layer}.{name}"
+            if key not in files:
+                raise UserError(f"{key} is in none of the files; give a whole checkpoint")
+            tensors[name] = read_tensor(files[key], key)
+            if tensors[name].shape != parameter.shape:
+                raise UserError(
+                    f"{files[key]}: {key} has shape {list(tensors[name].shape)}, config.json "
+                    f"calls for {list(parameter.shape)}; the files are not of one checkpoint"
+                )
+        module.load_state_dict(tensors, assign=True)
+    return fingerprint(model)

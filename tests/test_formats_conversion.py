@@ -1,0 +1,139 @@
+"""Conversions in general: our own format, files replaced whole, what is not recognised."""
+
+import errno
+import json
+import re
+
+import pytest
+import torch
+from formats_cases import RELU, TOPK, contents, convert, saved
+from safetensors.torch import load_file, save_file
+from tiny import tiny_qwen2
+
+import tca_fast
+from tca_fast.checkpoint import Provenance
+from tca_fast.errors import UserError
+from tca_fast.formats import conversion, tensor_files
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("config", [RELU, TOPK, {"decoder_bias": False}], ids=str)
+def test_our_own_files_are_those_of_save_pretrained(tmp_path, dtype, config):
+    saved(tmp_path / "ours", dtype=dtype, **config)
+    copied = contents(convert(tmp_path / "ours", tmp_path / "copy", "tca_fast"))
+    ours = contents(tmp_path / "ours")
+    assert ours.keys() - copied.keys() == {"README.md"}
+    assert copied == {name: ours[name] for name in copied}
+
+
+def test_what_was_converted_loads(tmp_path):
+    adapted = saved(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "set", "circuit-tracer")
+    convert(tmp_path / "set", tmp_path / "back", "tca_fast")
+    loaded = tca_fast.load(tiny_qwen2(), tmp_path / "back")
+    for ours, theirs in zip(loaded.parameters(), adapted.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(UserError, match="is not the model"):
+        tca_fast.load(tiny_qwen2(seed=9), tmp_path / "back")
+
+
+def test_names_that_are_given_replace_those_in_the_files(tmp_path):
+    saved(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "copy", "tca_fast", base="org/other", target="org/tuned")
+    config = json.loads((tmp_path / "copy/adapter_config.json").read_text())
+    assert (config["base"], config["base_revision"]) == ("org/other", None)
+    assert config["base_model_name_or_path"] == "org/tuned"
+
+
+def test_a_failed_write_leaves_earlier_files_and_no_others(tmp_path, monkeypatch):
+    saved(tmp_path / "ours", **TOPK)
+    saved(tmp_path / "theirs", provenance=Provenance(), **TOPK)
+    convert(tmp_path / "ours", tmp_path / "out", "sparsify")
+    before = contents(tmp_path / "out")
+    write, calls = conversion.write_tensors, []
+
+    def fails_at_the_last_layer(path, entries):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "full")
+        write(path, entries)
+
+    monkeypatch.setattr(conversion, "write_tensors", fails_at_the_last_layer)
+    with pytest.raises(UserError, match="No space left on device"):
+        convert(tmp_path / "theirs", tmp_path / "out", "sparsify")
+    assert contents(tmp_path / "out") == before
+    calls.clear()
+    with pytest.raises(UserError, match="No space left on device"):
+        convert(tmp_path / "ours", tmp_path / "new/deep", "sparsify")
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_files_of_the_directory_are_left_alone(tmp_path):
+    saved(tmp_path / "ours")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/notes.txt").write_text("mine")
+    convert(tmp_path / "ours", tmp_path / "out", "circuit-tracer")
+    assert (tmp_path / "out/notes.txt").read_text() == "mine"
+
+
+def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
+    """Never more values in memory than one tensor has, whichever format is written."""
+    saved(tmp_path / "ours", **TOPK)
+    from tca_fast.formats import adapter_set
+
+    reads = []
+    read = tensor_files.read_tensor
+    monkeypatch.setattr(
+        adapter_set, "read_tensor", lambda path, key: reads.append(key) or read(path, key)
+    )
+    prepared = conversion.prepare(tmp_path / "ours", "sparsify")
+    assert reads == []
+    conversion.convert(prepared, tmp_path / "out")
+    assert len(reads) == len(set(reads)) == 3 * 4
+
+
+def test_writing_onto_what_is_read_is_refused(tmp_path):
+    saved(tmp_path / "ours")
+    with pytest.raises(UserError, match="is what is being read"):
+        convert(tmp_path / "ours", tmp_path / "ours", "circuit-tracer")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: None, "no such directory"),
+        (lambda d: d.mkdir(), "holds no format that is read.*found nothing"),
+        (lambda d: tiny_qwen2().save_pretrained(d), "holds no format that is read.*config.json"),
+    ],
+)
+def test_what_is_not_recognised_is_one_line(tmp_path, make, message):
+    make(tmp_path / "in")
+    with pytest.raises(UserError, match=message) as caught:
+        conversion.prepare(tmp_path / "in", "tca_fast")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_format_names_the_known_ones(tmp_path):
+    saved(tmp_path / "ours")
+    expected = "'gguf' is unknown; formats are tca_fast, paper, circuit-tracer, saelens, sparsify"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        conversion.prepare(tmp_path / "ours", "gguf")
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda t: t.clear() or t.update(x=torch.ones(1)), "0 encoders of layer 0"),
+        (lambda t: t.update({k: v.half() for k, v in t.items()}), "calls for float32"),
+        (lambda t: t.update(x=torch.ones(1)), "x is of shape"),
+        (lambda t: t.pop(sorted(t)[-1]), "is missing, expected of shape"),
+    ],
+)
+def test_our_own_files_are_checked(tmp_path, action, message):
+    saved(tmp_path / "ours")
+    path = tmp_path / "ours/adapter_model.safetensors"
+    tensors = load_file(path)
+    action(tensors)
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=message):
+        conversion.prepare(tmp_path / "ours", "circuit-tracer")
