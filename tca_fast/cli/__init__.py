@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from tca_fast.cli.bench import bench
+from tca_fast.cli.convert import convert
 from tca_fast.cli.demo import demo
 from tca_fast.cli.env import env
 from tca_fast.cli.train import train
@@ -25,6 +26,7 @@ app.command(help="Train adapters on the miniature pair and show how well they do
 app.command(help="Train adapters from a YAML configuration.")(train)
 app.command(help="Recompute every quantity of a golden folder and compare.")(verify)
 app.command(help="Versions, devices, and which backend serves each operator.")(env)
+app.command(help="Adapters from one file format to another.")(convert)
 app.add_typer(bench, name="bench")
 
 
