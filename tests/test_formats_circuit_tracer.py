@@ -114,9 +114,9 @@ def change(directory, action, file="layer_0.safetensors"):
     save_file(tensors, directory / file)
 
 
-def no_bias(directory):
+def edit_record(directory, **changes):
     config = yaml.safe_load((directory / "config.yaml").read_text())
-    edit(directory, tca_fast=config["tca_fast"] | {"decoder_bias": False})
+    edit(directory, tca_fast=config["tca_fast"] | changes)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,9 @@ def no_bias(directory):
         (lambda d: edit(d, activation="topk"), "needs k"),
         (lambda d: edit(d, transcoders=["hf://a/b/c.safetensors"]), "names files elsewhere"),
         (lambda d: edit(d, tca_fast={"base": 3}), "record of tca_fast does not fit"),
-        (no_bias, "b_dec is not zero"),
+        (lambda d: edit_record(d, backbone="head"), "record of tca_fast .*backbone 'head'"),
+        (lambda d: edit_record(d, layers_name=3), "record of tca_fast .*layers_name 3"),
+        (lambda d: edit_record(d, decoder_bias=False), "b_dec is not zero"),
         (lambda d: (d / "layer_1.safetensors").unlink(), r"lacks layer_1\.safetensors"),
         (lambda d: [p.unlink() for p in d.glob("*.safetensors")], r"lacks layer_0\.safetensors"),
         (lambda d: change(d, lambda t: t.pop("b_enc")), "lacks b_enc"),

@@ -8,6 +8,7 @@ import torch
 from formats_cases import FEATURES, LAYERS, TOPK, WIDTH, contents, convert, described
 from safetensors.torch import load_file, save_file
 from tiny import batch, randomise, tiny_llama, tiny_qwen2
+from transformers import AutoModelForCausalLM
 
 import tca_fast
 from tca_fast.bridging.streams import load_adapted, take_mlps
@@ -160,6 +161,16 @@ def test_the_golden_checkpoint_keeps_its_logits_through_import_and_export(tmp_pa
         with torch.no_grad():
             found = adapted(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
         torch.testing.assert_close(found[real], golden[real], rtol=1e-5, atol=1e-5)
+
+
+def test_imported_adapters_load_onto_the_model_they_came_with(tmp_path):
+    adapted = trained(tmp_path)
+    directory = convert(tmp_path / "ours", tmp_path / "paper", "paper")
+    convert(directory, tmp_path / "back", "tca_fast")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with adapted.disabled():
+        assert torch.equal(logits(model), logits(adapted))
+    assert torch.equal(logits(tca_fast.load(model, tmp_path / "back")), logits(adapted))
 
 
 def change(path, action):

@@ -210,6 +210,8 @@ def read_origin(record: Any, where: str) -> Origin:
         marks = names.pop("fingerprint")
         mark = Fingerprint(**marks) if marks else None
         provenance = Provenance(**names, fingerprint=mark)
+        if provenance.backbone not in ("base", "target") or not isinstance(layers_name, str):
+            raise ValueError(f"backbone {provenance.backbone!r}, layers_name {layers_name!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{where}: the record of tca_fast does not fit ({error}); remove it to read without"

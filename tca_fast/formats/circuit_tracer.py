@@ -108,6 +108,8 @@ def export(adapters: AdapterSet) -> Export:
             "the base's MLPs have no counterpart: model_name is the target, whose own MLPs are "
             "not those the adapters were trained beside"
         )
+    if not adapter.decoder_bias:
+        notes.append("b_dec is required: zeros are written")
     config |= _HOOKS | {"activation": adapter.activation}
     if adapter.k is not None:
         config["k"] = adapter.k

@@ -116,7 +116,9 @@ def convert(conversion: Conversion, directory: Path) -> None:
 
 def _recognise(directory: Path) -> str:
     if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory; give one with adapters in it")
+        raise UserError(
+            f"{directory}: no such directory; give one with adapters (hf download gets one)"
+        )
     for name, known in FORMATS.items():
         if known.recognises(directory):
             return name
