@@ -93,9 +93,12 @@ def whole_feature_row(num_features: int) -> tuple[int, int]:
 
 
 def words_of_row(num_words: int) -> tuple[int, int]:
-    """Block and warps of a program that unpacks the bit mask of one token, 32 features a word."""
+    """Block and warps of a program that unpacks the bit mask of one token, 32 features a word.
+
+    One word a thread: with more, every bit taken is exchanged between threads before it is stored.
+    """
     block = min(256, triton.next_power_of_2(max(1, num_words)))
-    return block, max(1, block // 128)
+    return block, max(1, block // 32)
 
 
 class ProductBlocks(NamedTuple):
