@@ -132,8 +132,9 @@ def activate_kernel(
     is_real = tl.full((), 1, dtype=tl.int1)
     if token_mask is not None:
         is_real = tl.load(token_mask + t) != 0
-    count = tl.zeros((), dtype=tl.int32)
-    weighted = tl.zeros((), dtype=SUM)
+    # Sums over the row end in one exchange between threads after the loop, not one in every round.
+    count = tl.zeros((FEATURES,), dtype=tl.int32)
+    weighted = tl.zeros((FEATURES,), dtype=SUM)
     for first in range(0, num_features, FEATURES):
         f = first + tl.arange(0, FEATURES)
         inside = f < num_features
@@ -147,15 +148,16 @@ def activate_kernel(
         tl.store(z + t * num_features + f, a, mask=inside)
         if l1 is not None:
             weight = tl.load(norm + f, mask=inside, other=0.0)
-            weighted += tl.sum(tl.where(active, a.to(SUM) * weight, 0.0), axis=0)
+            weighted += tl.where(active, a.to(SUM) * weight, 0.0)
         if counts is not None:
-            count += tl.sum(active.to(tl.int32), axis=0)
+            count += active.to(tl.int32)
             tl.store(fired + f, 1, mask=active & inside & is_real)
     if counts is not None:
-        tl.store(counts + t, count.to(tl.int64))
-        tl.store(l0 + t, tl.where(is_real, count, 0))
+        num_active = tl.sum(count, axis=0)
+        tl.store(counts + t, num_active.to(tl.int64))
+        tl.store(l0 + t, tl.where(is_real, num_active, 0))
     if l1 is not None:
-        tl.store(l1 + t, tl.where(is_real, weighted, 0.0))
+        tl.store(l1 + t, tl.where(is_real, tl.sum(weighted, axis=0), 0.0))
 
 
 @triton.jit
@@ -182,8 +184,8 @@ def activation_backward_kernel(
     g = tl.full((FEATURES,), 1, dtype=SUM)
     if gain is not None:
         g = tl.load(gain + f, mask=is_feature, other=0.0).to(SUM)
-    bias = tl.zeros((FEATURES,), dtype=SUM)
-    active_sum = tl.zeros((FEATURES,), dtype=SUM)
+    bias = tl.zeros((TOKENS, FEATURES), dtype=SUM)
+    active_sum = tl.zeros((TOKENS, FEATURES), dtype=SUM)
     for first in range(0, CHUNK, TOKENS):
         t = chunk * CHUNK + first + tl.arange(0, TOKENS)
         is_token = t < num_tokens
@@ -197,10 +199,11 @@ def activation_backward_kernel(
         upstream += tl.where(is_real[:, None], of_norm[None, :], 0.0)
         upstream = tl.where(a != 0, upstream, 0.0)
         tl.store(da + at, upstream, mask=inside)
-        bias += tl.sum(upstream, axis=0)
-        active_sum += tl.sum(tl.where(is_real[:, None], a, 0.0), axis=0)
-    tl.store(partial_bias + chunk * num_features + f, bias, mask=is_feature)
-    tl.store(partial_active + chunk * num_features + f, active_sum, mask=is_feature)
+        bias += upstream
+        active_sum += tl.where(is_real[:, None], a, 0.0)
+    at = chunk * num_features + f
+    tl.store(partial_bias + at, tl.sum(bias, axis=0), mask=is_feature)
+    tl.store(partial_active + at, tl.sum(active_sum, axis=0), mask=is_feature)
 
 
 @triton.jit
