@@ -5,8 +5,11 @@ visited in the order of their feature; `order` lists their entries and `col_ptr`
 each feature begins. Program p < F works on the first S tokens of feature p; the others, C/S at
 most, on what follows in features that fire more often. `extra_ptr` [F+1] counts these extra
 segments. Sums over several segments go through float32 partial sums that are added in order, so
-results are the same in every run (performance §5, K2).
+results are the same in every run (performance §5, K2). The decoder's and the encoder's gradients
+are launches of their own: the registers of both leave room for one program on a multiprocessor.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,9 +31,9 @@ def adapter_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(da [C] in the dtype of sums, dW_enc [F,D], db_enc [F], dW_dec [F,D])."""
     da = torch.empty(len(value), dtype=launch.sum_dtype(x_TD.dtype), device=x_TD.device)
-    dW_enc, dW_dec = torch.empty_like(W_dec_FD), torch.empty_like(W_dec_FD)
-    db_enc = W_dec_FD.new_empty(len(W_dec_FD))
-    _launch(row_ptr, pairs, value, da, upstream, x_TD, W_dec_FD, dW_enc, db_enc, dW_dec)
+    dW_dec = torch.empty_like(W_dec_FD)
+    _launch(row_ptr, pairs, da, upstream.y, dW_dec, decoder=_Decoder(value, W_dec_FD, upstream))
+    dW_enc, db_enc = encoder_gradients(row_ptr, pairs, da, x_TD)
     return da, dW_enc, db_enc, dW_dec
 
 
@@ -44,8 +47,8 @@ def decoder_gradients(
 ) -> tuple[Tensor, Tensor]:
     """(dvalue [C], dW_dec [F,D]) of a decode on its own."""
     dvalue, dW_dec = torch.zeros_like(value), torch.empty_like(W_dec_FD)
-    upstream = Upstream(grad_y_TD, None, gain_F, None)
-    _launch(row_ptr, pairs, value, dvalue, upstream, None, W_dec_FD, None, None, dW_dec)
+    decoder = _Decoder(value, W_dec_FD, Upstream(grad_y_TD, None, gain_F, None))
+    _launch(row_ptr, pairs, dvalue, grad_y_TD, dW_dec, decoder=decoder)
     return dvalue, dW_dec
 
 
@@ -55,53 +58,51 @@ def encoder_gradients(
     """(dW_enc [F,D], db_enc [F]) of given gradients of the activations."""
     num_features = len(pairs.col_ptr) - 1
     dW_enc, db_enc = x_TD.new_empty(num_features, x_TD.shape[1]), x_TD.new_empty(num_features)
-    _launch(row_ptr, pairs, None, da, None, x_TD, None, dW_enc, db_enc, None)
+    _launch(row_ptr, pairs, da, x_TD, dW_enc, db_enc=db_enc)
     return dW_enc, db_enc
+
+
+class _Decoder(NamedTuple):
+    """What the decoder's gradients need beside the rows of the upstream gradient."""
+
+    value: Tensor
+    W: Tensor
+    upstream: Upstream
 
 
 def _launch(
     row_ptr: Tensor,
     pairs: ByFeature,
-    value: Tensor | None,
     da: Tensor,
-    upstream: Upstream | None,
-    x: Tensor | None,
-    W_dec: Tensor | None,
-    dW_enc: Tensor | None,
-    db_enc: Tensor | None,
-    dW_dec: Tensor | None,
+    rows_TD: Tensor,
+    dW: Tensor,
+    *,
+    decoder: _Decoder | None = None,
+    db_enc: Tensor | None = None,
 ) -> None:
-    """Run both kernels; the encoder's or the decoder's half is left out where its result is."""
-    result = dW_dec if dW_enc is None else dW_enc
-    assert result is not None
-    num_features, width = result.shape
-    sums = launch.sum_dtype(result.dtype)
-    has_encoder, has_decoder = dW_enc is not None, dW_dec is not None
-
-    def partial(wanted: bool, columns: int) -> Tensor | None:
-        if not wanted:
-            return None
-        return torch.empty(2 * pairs.num_extras, columns, dtype=sums, device=result.device)
-
-    partials = partial(has_encoder, width), partial(has_decoder, width), partial(True, 2)
-    grad_y, grad_l1, gain, token_mask = upstream or (None, None, None, None)
+    """Run both kernels, for the decoder or, without it, for the encoder."""
+    num_features, width = dW.shape
+    sums = launch.sum_dtype(dW.dtype)
+    partial, partial_sum = (
+        torch.empty(2 * pairs.num_extras, columns, dtype=sums, device=dW.device)
+        for columns in (width, 1)
+    )
+    value, W_dec, upstream = decoder or (None, None, Upstream(rows_TD, None, None, None))
     num_tokens, capacity = len(row_ptr) - 1, len(da)
     block, warps = launch.row(width)
     segment_kernel[(num_features + pairs.num_extras,)](
-        pairs.col_ptr, pairs.extra_ptr, pairs.order, pairs.token, value, da,
-        grad_y, grad_l1, x, W_dec, gain, token_mask,
-        dW_enc, db_enc, dW_dec, *partials,
+        pairs.col_ptr, pairs.extra_ptr, pairs.order, pairs.token, value, da, rows_TD,
+        upstream.l1, W_dec, upstream.gain, upstream.token_mask, dW, db_enc, partial, partial_sum,
         row_ptr, num_tokens, num_features, width, capacity, pairs.num_extras,
-        SUM=launch.triton_dtype(sums), DECODER=has_decoder, ENCODER=has_encoder,
-        STEPS=num_features.bit_length(), SEGMENT=launch.TOKENS_PER_SEGMENT,
-        ROWS=launch.rows_in_flight(block, warps), WIDTH=block, num_warps=warps,
+        SUM=launch.triton_dtype(sums), STEPS=num_features.bit_length(),
+        SEGMENT=launch.TOKENS_PER_SEGMENT, ROWS=launch.rows_in_flight(block, warps), WIDTH=block,
+        num_warps=warps,
     )  # fmt: skip
     if pairs.num_extras:
         add_segments_kernel[(num_features,)](
-            pairs.extra_ptr, grad_l1, W_dec, *partials, dW_enc, db_enc, dW_dec,
+            pairs.extra_ptr, upstream.l1, W_dec, partial, partial_sum, dW, db_enc,
             row_ptr, num_tokens, width, capacity, pairs.num_extras,
-            SUM=launch.triton_dtype(sums), DECODER=has_decoder, ENCODER=has_encoder,
-            WIDTH=block, num_warps=warps,
+            SUM=launch.triton_dtype(sums), WIDTH=block, num_warps=warps,
         )  # fmt: skip
 
 
@@ -126,18 +127,17 @@ def _segment(extra_ptr, num_features, STEPS: tl.constexpr):
 
 @triton.jit
 def segment_kernel(
-    col_ptr, extra_ptr, order, token, value, da,
-    grad_y, grad_l1, x, W_dec, gain, token_mask,
-    dW_enc, db_enc, dW_dec, partial_enc, partial_dec, partial_sums,
+    col_ptr, extra_ptr, order, token, value, da, rows,
+    grad_l1, W_dec, gain, token_mask, dW, db_enc, partial, partial_sum,
     row_ptr, num_tokens, num_features, width, capacity, num_extras,
-    SUM: tl.constexpr, DECODER: tl.constexpr, ENCODER: tl.constexpr, STEPS: tl.constexpr,
-    SEGMENT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    SUM: tl.constexpr, STEPS: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One segment of one feature.
+    """One segment of one feature: the decoder's gradients, or the encoder's where `W_dec` is None.
 
-        da = g·⟨dy_t, W_dec[f]⟩ + dl1·m_t·‖W_dec[f]‖              (DECODER; given otherwise)
-        dW_dec[f] = Σ_t g·a·dy_t + dl1·(Σ_t m_t·a)·W_dec[f]/‖W_dec[f]‖            (DECODER)
-        dW_enc[f] = Σ_t da·x_t,  db_enc[f] = Σ_t da                                 (ENCODER)
+        da = g·⟨dy_t, W_dec[f]⟩ + dl1·m_t·‖W_dec[f]‖                       (decoder, rows dy)
+        dW_dec[f] = Σ_t g·a·dy_t + dl1·(Σ_t m_t·a)·W_dec[f]/‖W_dec[f]‖
+        dW_enc[f] = Σ_t da·x_t,  db_enc[f] = Σ_t da                           (encoder, rows x)
 
     The norm's gradient is 0 where the norm is 0. Nothing is written when more features fired than
     fit. `grad_l1`, `gain` and `token_mask` may be None.
@@ -154,73 +154,66 @@ def segment_kernel(
 
     d = tl.arange(0, WIDTH)
     in_row = d < width
-    if DECODER:
+    if W_dec is not None:
         w = tl.load(W_dec + f * width + d, mask=in_row, other=0.0).to(SUM)
         norm = tl.sqrt(tl.sum(w * w, axis=0))
         dl1 = tl.zeros((), dtype=SUM)
         if grad_l1 is not None:
             dl1 += tl.load(grad_l1).to(SUM)
         of_norm = tl.where(dl1 != 0, dl1 * norm, 0.0)
-    g = tl.full((), 1, dtype=SUM)
-    if gain is not None:
-        g = tl.load(gain + f).to(SUM)
-    sum_dec = tl.zeros((WIDTH,), dtype=SUM)
-    sum_enc = tl.zeros((WIDTH,), dtype=SUM)
-    sum_bias = tl.zeros((), dtype=SUM)
-    sum_active = tl.zeros((), dtype=SUM)
+        g = tl.full((), 1, dtype=SUM)
+        if gain is not None:
+            g = tl.load(gain + f).to(SUM)
+    total = tl.zeros((WIDTH,), dtype=SUM)
+    # Of da for the encoder's bias, of the real tokens' activations for the norm's gradient.
+    summed = tl.zeros((), dtype=SUM)
     for start in range(first, last, ROWS):
         slot = start + tl.arange(0, ROWS)
         exists = slot < last
         e = tl.load(order + slot, mask=exists, other=0)
         t = tl.load(token + e, mask=exists, other=0).to(tl.int64)
-        inside = exists[:, None] & in_row[None, :]
-        at = t[:, None] * width + d[None, :]
-        if DECODER:
+        if W_dec is not None:
             a = tl.load(value + e, mask=exists, other=0.0).to(SUM)
-            dy = tl.load(grad_y + at, mask=inside, other=0.0).to(SUM)
-            da_R = g * tl.sum(dy * w[None, :], axis=1)
-            sum_dec += tl.sum((g * a)[:, None] * dy, axis=0)
+        else:
+            da_R = tl.load(da + e, mask=exists, other=0.0).to(SUM)
+        inside = exists[:, None] & in_row[None, :]
+        row = tl.load(rows + t[:, None] * width + d[None, :], mask=inside, other=0.0).to(SUM)
+        if W_dec is not None:
+            da_R = g * tl.sum(row * w[None, :], axis=1)
+            total += tl.sum((g * a)[:, None] * row, axis=0)
             if grad_l1 is not None:
                 counted = exists
                 if token_mask is not None:
                     counted = exists & (tl.load(token_mask + t, mask=exists, other=0) != 0)
                 da_R += tl.where(counted, of_norm, 0.0)
-                sum_active += tl.sum(tl.where(counted, a, 0.0), axis=0)
+                summed += tl.sum(tl.where(counted, a, 0.0), axis=0)
             tl.store(da + e, da_R, mask=exists)
         else:
-            da_R = tl.load(da + e, mask=exists, other=0.0).to(SUM)
-        if ENCODER:
-            x_RD = tl.load(x + at, mask=inside, other=0.0).to(SUM)
-            sum_enc += tl.sum(da_R[:, None] * x_RD, axis=0)
-            sum_bias += tl.sum(da_R, axis=0)
+            total += tl.sum(da_R[:, None] * row, axis=0)
+            summed += tl.sum(da_R, axis=0)
 
     if extras == 0:
-        if DECODER:
+        if W_dec is not None:
             if grad_l1 is not None:
                 if (dl1 != 0) & (norm != 0):
-                    sum_dec += (dl1 * sum_active / norm) * w
-            tl.store(dW_dec + f * width + d, sum_dec, mask=in_row)
-        if ENCODER:
-            tl.store(dW_enc + f * width + d, sum_enc, mask=in_row)
-            tl.store(db_enc + f, sum_bias)
+                    total += (dl1 * summed / norm) * w
+        else:
+            tl.store(db_enc + f, summed)
+        tl.store(dW + f * width + d, total, mask=in_row)
     else:
         begin = tl.load(extra_ptr + f).to(tl.int64)
         part = begin + segment - 1
         if segment == 0:
             part = begin + num_extras
-        if DECODER:
-            tl.store(partial_dec + part * width + d, sum_dec, mask=in_row)
-            tl.store(partial_sums + part * 2, sum_active)
-        if ENCODER:
-            tl.store(partial_enc + part * width + d, sum_enc, mask=in_row)
-            tl.store(partial_sums + part * 2 + 1, sum_bias)
+        tl.store(partial + part * width + d, total, mask=in_row)
+        tl.store(partial_sum + part, summed)
 
 
 @triton.jit
 def add_segments_kernel(
-    extra_ptr, grad_l1, W_dec, partial_enc, partial_dec, partial_sums, dW_enc, db_enc, dW_dec,
+    extra_ptr, grad_l1, W_dec, partial, partial_sum, dW, db_enc,
     row_ptr, num_tokens, width, capacity, num_extras,
-    SUM: tl.constexpr, DECODER: tl.constexpr, ENCODER: tl.constexpr, WIDTH: tl.constexpr,
+    SUM: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Add up, in order, the segments of a feature that has several."""
     if tl.load(row_ptr + num_tokens) > capacity:
@@ -233,27 +226,20 @@ def add_segments_kernel(
     d = tl.arange(0, WIDTH)
     in_row = d < width
     part = first + num_extras
-    sum_dec = tl.zeros((WIDTH,), dtype=SUM)
-    sum_enc = tl.zeros((WIDTH,), dtype=SUM)
-    sum_active = tl.zeros((), dtype=SUM)
-    sum_bias = tl.zeros((), dtype=SUM)
+    total = tl.zeros((WIDTH,), dtype=SUM)
+    summed = tl.zeros((), dtype=SUM)
     for number in range(last - first + 1):
         if number > 0:
             part = first + number - 1
-        if DECODER:
-            sum_dec += tl.load(partial_dec + part * width + d, mask=in_row, other=0.0)
-            sum_active += tl.load(partial_sums + part * 2)
-        if ENCODER:
-            sum_enc += tl.load(partial_enc + part * width + d, mask=in_row, other=0.0)
-            sum_bias += tl.load(partial_sums + part * 2 + 1)
-    if DECODER:
+        total += tl.load(partial + part * width + d, mask=in_row, other=0.0)
+        summed += tl.load(partial_sum + part)
+    if W_dec is not None:
         if grad_l1 is not None:
             dl1 = tl.load(grad_l1).to(SUM)
             w = tl.load(W_dec + f * width + d, mask=in_row, other=0.0).to(SUM)
             norm = tl.sqrt(tl.sum(w * w, axis=0))
             if (dl1 != 0) & (norm != 0):
-                sum_dec += (dl1 * sum_active / norm) * w
-        tl.store(dW_dec + f * width + d, sum_dec, mask=in_row)
-    if ENCODER:
-        tl.store(dW_enc + f * width + d, sum_enc, mask=in_row)
-        tl.store(db_enc + f, sum_bias)
+                total += (dl1 * summed / norm) * w
+    else:
+        tl.store(db_enc + f, summed)
+    tl.store(dW + f * width + d, total, mask=in_row)
