@@ -76,8 +76,7 @@ def test_other_files_of_the_directory_are_left_alone(tmp_path):
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
-def test_tensors_are_read_one_by_one(tmp_path, monkeypatch):
-    """Never more values in memory than one tensor has, whichever format is written."""
+def test_preparing_reads_no_values_and_converting_each_tensor_once(tmp_path, monkeypatch):
     saved(tmp_path / "ours", **TOPK)
     from tca_fast.formats import adapter_set
 

@@ -1,5 +1,6 @@
 """safetensors written one tensor at a time: what safetensors itself writes, byte for byte."""
 
+import json
 import re
 import weakref
 
@@ -44,6 +45,11 @@ def test_dtypes_of_every_width_stand_aligned_in_one_file(tmp_path):
         "single": torch.randn(5),
     }
     write_tensors(tmp_path / "file", entries(tensors))
+    content = (tmp_path / "file").read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    fields = json.loads(content[8:start])
+    for key, tensor in tensors.items():
+        assert (start + fields[key]["data_offsets"][0]) % tensor.itemsize == 0
     loaded = load_file(tmp_path / "file")
     assert loaded.keys() == tensors.keys()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in tensors.items())

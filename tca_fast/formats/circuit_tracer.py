@@ -12,6 +12,7 @@ Shapes: F features per layer, D model width.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,12 @@ def export(adapters: AdapterSet) -> Export:
         config["k"] = adapter.k
     config[ORIGIN_KEY] = origin_record(adapters)
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    placements = lambda layer: _placements(layer, _NAMES)  # noqa: E731
-    return Export(placements, {CONFIG_NAME: text.encode()}, notes, {})
+    return Export(
+        lambda layer: _placements(layer, _NAMES), {CONFIG_NAME: text.encode()}, notes, others={}
+    )
 
 
-def _placements(layer: int, names: Any) -> list[Placement]:
+def _placements(layer: int, names: Sequence[str]) -> list[Placement]:
     return [Placement(name, f"layer_{layer}.safetensors", name) for name in names]
 
 
