@@ -2,12 +2,13 @@
 
     python -m benchmarks.gpu --stage check|rates|kernels|tune|bench|all --out FOLDER
 
-Each stage runs in a process of its own, for at most eight minutes, and leaves one file; a stage
-whose file is there is not run again. Nothing is downloaded.
+Each stage runs in a process of its own, for at most eight minutes, and leaves one file, named
+.part until the stage has succeeded; a stage whose file is there is not run again. Nothing is
+downloaded.
 
     check     check.xml      tests/device: against float64, bits, graphs, no waiting
     rates     rates.json     what the device gives: products, copies, gathered rows, top-k
-    kernels   kernels.json   the layer replayed from a CUDA graph, and the time of each kernel in it
+    kernels   kernels.json   the layer replayed from a CUDA graph, and each of its kernels
     tune      tune.json      the same with other blocks, one setting changed at a time
     bench     bench.json     the suites of this folder against their baselines
 """
@@ -35,7 +36,7 @@ from benchmarks.timing import copy_bandwidth, stopwatch
 
 SECONDS = 480
 ROUNDS = 20
-CHECK = ["-m", "pytest", "--noconftest", "-q", "tests/device", "--junitxml"]
+CHECK = ["-m", "pytest", "--noconftest", "-v", "tests/device", "--junitxml"]
 BENCH = ["-m", "pytest", "benchmarks/bench_layer.py", "benchmarks/bench_ops.py", "-q"]
 BENCH += ["--benchmark-quiet", "--device", "cuda", "-k", "not compiled", "--out"]
 # Other settings of kernels.launch, each tried on its own: (function, what it returns instead).
@@ -90,41 +91,44 @@ def rates(out: Path) -> None:
         "our top-k 64": select(64),
         "our threshold": select(None),
     }
+    known = facts()
     found: dict[str, Any] = {"copy, bytes/s": copy_bandwidth(device)}
     for name, call in calls.items():
         found[name] = _repeated(call)
         print(f"{name:45} {found[name]['ms']:.4f} ms", flush=True)
-    _write(out, {**facts(), "rates": found})
+        _write(out, {**known, "rates": found})
 
 
 def kernels(out: Path) -> None:
     """The layer forward and backward at every case, and where its time goes."""
-    rows = []
+    known, rows = facts(), []
     for case in CASES["cuda"]:
-        with _captured(case) as replay:
-            row = {"case": case.name, **_repeated(replay), "kernels": _profile(replay)}
-        rows.append(row)
+        step = _step(case)
+        with _captured(step) as replay:
+            row: dict[str, Any] = {"case": case.name, **_repeated(replay)}
+        rows.append({**row, "kernels": _profile(step)})
         print(f"{case.name:25} {row['ms']:.4f} ms", flush=True)
-    _write(out, {**facts(), "rows": rows})
+        _write(out, {**known, "rows": rows})
 
 
 def tune(out: Path) -> None:
     """The layer with one block size changed at a time."""
     from tca_fast.kernels import launch
 
-    cases = [case for case in CASES["cuda"] if case.name.startswith("7B")]
-    rows: list[dict[str, Any]] = []
-    for name, (function, value) in {"as it is": ("row", launch.row), **TRIALS}.items():
-        for case in cases:
-            with mock.patch.object(launch, function, value), _captured(case) as replay:
-                rows.append({"trial": name, "case": case.name, **_repeated(replay)})
-            print(f"{name:28} {case.name:25} {rows[-1]['ms']:.4f} ms", flush=True)
-        _write(out, {**facts(), "rows": rows})
+    known, rows = facts(), []
+    trials = {"as it is": ("row", launch.row), **TRIALS}
+    for case in [case for case in CASES["cuda"] if case.name.startswith("7B")]:
+        step = _step(case)
+        for name, (function, value) in trials.items():
+            with mock.patch.object(launch, function, value), _captured(step) as replay:
+                row: dict[str, Any] = {"trial": name, "case": case.name, **_repeated(replay)}
+            rows.append(row)
+            print(f"{name:28} {case.name:25} {row['ms']:.4f} ms", flush=True)
+            _write(out, {**known, "rows": rows})
 
 
-@contextmanager
-def _captured(case: Case) -> Iterator[Callable[[], None]]:
-    """One layer forward and backward as a CUDA graph, which leaves the host out of the time."""
+def _step(case: Case) -> Callable[[], list[Tensor]]:
+    """One layer forward and backward, gradients freshly allocated."""
     from tca_fast import ops
 
     tensors = layer_inputs(case, torch.device("cuda"), torch.bfloat16)
@@ -136,6 +140,12 @@ def _captured(case: Case) -> Iterator[Callable[[], None]]:
         upstream = [tensors["grad_y"], torch.ones_like(output.l1)]
         return [output.y, *torch.autograd.grad([output.y, output.l1], arguments, upstream)]
 
+    return step
+
+
+@contextmanager
+def _captured(step: Callable[[], list[Tensor]]) -> Iterator[Callable[[], None]]:
+    """A step as a CUDA graph, which leaves the host out of the time."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -150,8 +160,11 @@ def _captured(case: Case) -> Iterator[Callable[[], None]]:
     torch.cuda.empty_cache()
 
 
-def _profile(call: Callable[[], None]) -> dict[str, float]:
-    """Milliseconds of every kernel of one call, the longest first."""
+def _profile(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of every kernel of one call, the longest first.
+
+    Not of a graph's replay, whose kernels not every version of the profiler tells apart.
+    """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(5):
@@ -180,7 +193,10 @@ def _power(size: int) -> int:
 
 
 def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return f"no {command[0]} here"
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -204,7 +220,9 @@ def run_stage(stage: str, out: Path) -> int:
     if path.exists():
         print(f"{stage}: {path} is there", flush=True)
         return 0
-    arguments = {"check": [*CHECK, path], "bench": [*BENCH, path]}
+    part = path.with_name(f"{path.name}.part")
+    part.unlink(missing_ok=True)
+    arguments = {"check": [*CHECK, part], "bench": [*BENCH, part]}
     own = ["-m", "benchmarks.gpu", "--only", stage, "--out", out]
     command = [sys.executable, *arguments.get(stage, own)]
     print(f"{stage}: {' '.join(str(part) for part in command)}", flush=True)
@@ -213,6 +231,8 @@ def run_stage(stage: str, out: Path) -> int:
         status = subprocess.run(command, timeout=SECONDS).returncode
     except subprocess.TimeoutExpired:
         status = 124
+    if status == 0:
+        part.rename(path)
     print(f"{stage}: status {status} after {time.monotonic() - began:.0f} s", flush=True)
     return status
 
@@ -228,7 +248,7 @@ def main() -> None:
         raise SystemExit("no CUDA device here: there is nothing to run")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.only:
-        MEASURED[arguments.only](arguments.out / FILES[arguments.only])
+        MEASURED[arguments.only](arguments.out / f"{FILES[arguments.only]}.part")
         return
     stages = list(FILES) if arguments.stage == "all" else [arguments.stage]
     statuses = [run_stage(stage, arguments.out) for stage in stages]

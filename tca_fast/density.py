@@ -68,5 +68,5 @@ class DensityObserver:
         count = self._free.pop()
         count.copy_(num_active, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(num_active.device))
         self._pending.append((count, arrived, num_pairs))

@@ -467,11 +467,16 @@ def _save_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     x, W_enc, _, _, _ = inputs
     _, row_ptr, feature = output
     ctx.mark_non_differentiable(row_ptr, feature)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(row_ptr, feature, x, W_enc)
 
 
-def _grad_encode(ops: Any, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dW_enc, db_enc = ops.encode_backward(grads[0], *ctx.saved_tensors)
+def _grad_encode(
+    ops: Any, ctx: Any, grad_value: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    if grad_value is None:
+        return None, None, None, None, None
+    dx, dW_enc, db_enc = ops.encode_backward(grad_value, *ctx.saved_tensors)
     return dx, dW_enc, db_enc, None, None
 
 
@@ -490,12 +495,21 @@ def _grad_decode(ops: Any, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...
 def _save_adapter(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, _, W_enc, b_enc, W_dec, b_dec, gain, token_mask, k, _ = inputs
     ctx.mark_non_differentiable(*output[2:])
+    # Not zeros for outputs without a gradient: the packed ones may be as large as [T, F].
+    ctx.set_materialize_grads(False)
     ctx.has_bias, ctx.k = b_dec is not None, k
     ctx.save_for_backward(x, W_enc, b_enc, W_dec, gain, token_mask, *output[4:])
 
 
-def _grad_adapter(ops: Any, ctx: Any, grad_y: Tensor, grad_l1: Tensor, *_: Any) -> tuple[Any, ...]:
+def _grad_adapter(
+    ops: Any, ctx: Any, grad_y: Tensor | None, grad_l1: Tensor | None, *_: None
+) -> tuple[Any, ...]:
     *arguments, row_ptr, feature, value = ctx.saved_tensors
+    x = arguments[0]
+    if grad_y is None:
+        grad_y = torch.zeros_like(x)
+    if grad_l1 is None:
+        grad_l1 = x.new_zeros((), dtype=_sum_dtype(x))
     dx, dW_enc, db_enc, dW_dec, db_dec = ops.adapter_backward(
         grad_y, grad_l1, *arguments, ctx.k, row_ptr, feature, value
     )
@@ -558,8 +572,10 @@ def _triton(name: str) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
         from tca_fast.kernels import operators
 
-        dense = (a.contiguous() if isinstance(a, Tensor) else a for a in arguments)
-        return getattr(operators, name)(*dense)
+        dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+        # Triton launches on the current device, which need not be the one of the tensors.
+        with torch.cuda.device_of(dense[0]):
+            return getattr(operators, name)(*dense)
 
     return _without_autocast(run)
 

@@ -186,3 +186,19 @@ def test_gradients_accumulate_in_place():
     second = backward(0.5)
     for sum_, a, b in zip(both, first, second, strict=True):
         torch.testing.assert_close(sum_, a + b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("density", [None, 1.0], ids=["packed", "dense"])
+def test_an_output_without_gradient_costs_none(density):
+    """Of y alone and of L1 alone, as of both with the other's upstream gradient at zero."""
+    tensors = weights(D=D, F=F)
+    output = ops.adapter(*tensors, expected_density=density)
+    both = [output.y, output.l1]
+    zeros = [torch.zeros_like(tensor) for tensor in both]
+    for number, one in enumerate(both):
+        ones = [*zeros]
+        ones[number] = torch.ones_like(one)
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        alone = torch.autograd.grad(one, tensors, ones[number], **options)
+        expected = torch.autograd.grad(both, tensors, ones, **options)
+        assert all(torch.equal(a, b) for a, b in zip(alone, expected, strict=True))

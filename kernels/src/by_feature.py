@@ -45,8 +45,8 @@ def decoder_gradients(
     W_dec_FD: Tensor,
     gain_F: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(dvalue [C], dW_dec [F,D]) of a decode on its own."""
-    dvalue, dW_dec = torch.zeros_like(value), torch.empty_like(W_dec_FD)
+    """(dvalue [C], dW_dec [F,D]) of a decode on its own; NaN where more fired than fit."""
+    dvalue, dW_dec = torch.zeros_like(value), torch.full_like(W_dec_FD, torch.nan)
     decoder = _Decoder(value, W_dec_FD, Upstream(grad_y_TD, None, gain_F, None))
     _launch(row_ptr, pairs, dvalue, grad_y_TD, dW_dec, decoder=decoder)
     return dvalue, dW_dec

@@ -95,12 +95,14 @@ def adapter(
 
     bits = select(z_TF, mask, k, counts)
     row_ptr = counts.row_ptr()
-    packed = pack.fill(z_TF, bits, row_ptr, 0 if keeps_dense else capacity)
     if _by_products(k, capacity, num_tokens, num_features):
         y_TD, l1_T = _dense_forward(z_TF, bits, mlp_out_TD, W_dec_FD, b_dec_D, gain_F, mask, None)
         if keeps_dense:
             packed = _kept_dense(row_ptr, z_TF)
+        else:
+            packed = pack.fill(z_TF, bits, row_ptr, capacity)
     else:
+        packed = pack.fill(z_TF, bits, row_ptr, capacity)
         y_TD, l1_T = gather_rows(
             *packed, W_dec_FD, gain=gain_F, base=mlp_out_TD, bias=b_dec_D,
             norm=norms(W_dec_FD, wanted=counts.fired), token_mask=mask,
