@@ -1,5 +1,5 @@
 // The only list of compiled operators. Their schemas, shape rules and gradients are in
-// tca_fast/ops.py; this file adds implementations for the devices it was compiled for.
+// tca_fast/registry.py; this file adds implementations for the devices it was compiled for.
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>

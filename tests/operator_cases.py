@@ -23,7 +23,7 @@ from operator_bounds import (
 from tiny import dense_adapter
 from torch import Tensor
 
-from tca_fast import ops
+from tca_fast import registry
 
 # Every backend that can run on CPU tensors; none may be missing.
 BACKENDS = ["reference", "cpp"]
@@ -36,7 +36,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 def raw(name):
     """The operator underneath, of the backend under test."""
-    return ops._operator(name)
+    return registry.operator(name)
 
 
 def weights(T=7, D=5, F=11, dtype=torch.float64, seed=0, grad=True):

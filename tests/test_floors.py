@@ -17,6 +17,7 @@ FLOORS = {
     "reference": 0,
     "durable": 0,
     "kernels": 0,
+    "registry": 1,
     "ops": 1,
     "losses": 1,
     "density": 1,

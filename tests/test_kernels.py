@@ -18,7 +18,7 @@ from operator_cases import Case, Floors, cases, dense_features, gradients, raw, 
 from test_ops_random import adapter_of, check, check_adapter
 from tiny import dense_adapter
 
-from tca_fast import ops
+from tca_fast import ops, registry
 from tca_fast.errors import UserError
 
 # The interpreter turns arrays of one number into numbers.
@@ -174,7 +174,7 @@ def test_opcheck():
 
 
 def test_the_backend_is_refused_where_nothing_can_run_it(monkeypatch):
-    monkeypatch.setattr(ops, "_triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(registry, "_triton_is_interpreted", lambda: False)
     with pytest.raises(UserError, match=r"'triton' needs a CUDA device .* TRITON_INTERPRET=1"):
         ops.backend("triton").__enter__()
 

@@ -1,4 +1,4 @@
-// The operators of tca_fast/ops.py for CPU tensors: allocation, and the choice of regime.
+// The operators of tca_fast/registry.py for CPU tensors: allocation, and the choice of regime.
 //
 // The encoder product is the vendor library's. How a pass is computed, sparse or dense, depends on
 // the number of active features alone. How they are kept for the backward depends on the room that

@@ -1,4 +1,4 @@
-// The operators of tca_fast/ops.py for CPU tensors; see there for what they mean.
+// The operators of tca_fast/registry.py for CPU tensors; see there for what they mean.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
