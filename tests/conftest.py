@@ -1,6 +1,7 @@
 """Threads for parallel test workers, how many random cases are tried, and the backends."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,3 +57,22 @@ def backend(request: pytest.FixtureRequest):
     """The name of the backend that every operator of the test runs on."""
     with ops.backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """A module's tests on one thread, so that equal computations give equal bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pair, its data and its run config; one for each module."""
+    from tiny_pair import make_pair
+
+    root = tmp_path_factory.mktemp("pair")
+    make_pair(root)
+    return root

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_pair import character_tokenizer, make_pair, records
+from tiny_pair import character_tokenizer, records
 
 from tca_fast.bridging.objective import sample_cutoffs
 from tca_fast.bridging.plain import PlainObjective
@@ -27,20 +27,7 @@ from tca_fast.training.data import Encoder, open_corpus
 from tca_fast.training.run import train
 from tca_fast.training.schedule import learning_rate, warmup_steps
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("pair")
-    make_pair(root)
-    return root
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

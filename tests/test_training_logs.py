@@ -1,21 +1,12 @@
 """Loggers outside this package."""
 
 import sys
-from pathlib import Path
 
 import pytest
-from tiny_pair import make_pair
 
 from tca_fast.config import load_config
 from tca_fast.errors import UserError
 from tca_fast.training.run import train
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("pair")
-    make_pair(root)
-    return root
 
 
 def start(pair, output, *overrides):

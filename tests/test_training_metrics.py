@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pair import make_pair, records
+from tiny_pair import records
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,20 +20,7 @@ from tca_fast.training.metrics import Moment, to_host
 from tca_fast.training.run import train
 from tca_fast.training.trainer import Trainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("pair")
-    make_pair(root)
-    return root
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
