@@ -1,0 +1,360 @@
+// The threads of a block as fibers of one thread, scheduled in random order.
+//
+// A fiber runs until it waits at a barrier or ends; who runs next is drawn at random, and so is the
+// order of the blocks. A kernel that lacks a barrier therefore reads what was not written yet:
+// shared memory starts as NaN in every block. A barrier that not all of its threads reach is an
+// error that names the lines where they wait, and so is a fault of memory or of arithmetic.
+#pragma once
+
+#include <csetjmp>
+#include <csignal>
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <ucontext.h>
+
+#include <array>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "guarded_memory.h"
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+  size_t count() const { return size_t{1} * x * y * z; }
+};
+
+namespace emulation {
+
+constexpr unsigned kWarp = 32, kMostThreads = 1024;
+constexpr size_t kStackBytes = 256 << 10, kMostStatic = 48 << 10, kMostShared = 227 << 10;
+
+// A line of a kernel's source where its threads meet.
+struct Place {
+  const char* operation;
+  const char* file;
+  int line;
+
+  bool operator==(const Place&) const = default;
+  std::string text() const {
+    return line ? std::string(operation) + " at " + file + ":" + std::to_string(line) : operation;
+  }
+};
+
+enum class State { ready, at_block_barrier, at_warp_barrier, ended };
+
+struct Fiber {
+  ucontext_t start;
+  jmp_buf paused;
+  bool started = false;
+  State state = State::ended;
+  unsigned number = 0;
+  uint3 thread{};
+  Place place{"the start", "", 0};
+  unsigned mask = 0;
+  uint64_t given = 0;
+  std::array<uint64_t, kWarp> received{};  // by lane
+};
+
+class Device {
+ public:
+  dim3 grid, block;
+  uint3 block_index{};
+  Fiber* current = nullptr;
+
+  void run(
+      void* kernel, dim3 grid_, dim3 block_, size_t dynamic_bytes, std::function<void()> body) {
+    grid = grid_, block = block_, kernel_ = kernel, body_ = std::move(body);
+    check_limits(dynamic_bytes);
+    dynamic_ = guarded_memory().allocate(dynamic_bytes), dynamic_bytes_ = dynamic_bytes;
+    // A fiber left in the middle of a kernel that failed starts anew.
+    while (fibers_.size() < block.count()) {
+      fibers_.push_back(make_fiber());
+    }
+    catch_signals();
+    std::vector<size_t> order(grid.count());
+    for (size_t i = 0; i < order.size(); ++i) {
+      order[i] = i;
+      std::swap(order[i], order[random_() % (i + 1)]);
+    }
+    for (size_t i = 0; i < order.size() && failure_.empty(); ++i) {
+      const size_t plane = size_t{1} * grid.x * grid.y;
+      block_index = {
+          static_cast<unsigned>(order[i] % grid.x), static_cast<unsigned>(order[i] / grid.x % grid.y),
+          static_cast<unsigned>(order[i] / plane)};
+      run_block();
+    }
+    release_signals();
+    for (const auto& [tag, memory] : shared_) {
+      guarded_memory().free(memory.first);
+    }
+    shared_.clear();
+    guarded_memory().free(std::exchange(dynamic_, nullptr));
+    std::string failure = std::exchange(failure_, "");
+    failure += std::exchange(guarded_memory().damage, "");
+    if (!failure.empty()) {
+      fibers_.clear();
+      throw std::runtime_error("emulated kernel " + name() + ": " + failure);
+    }
+  }
+
+  // What the fiber's warp gave, by lane; waits until every lane of the mask has given something.
+  const std::array<uint64_t, kWarp>& exchange(unsigned mask, uint64_t value, Place place) {
+    Fiber& fiber = *current;
+    if (!(mask >> (fiber.number % kWarp) & 1)) {
+      fail("thread " + std::to_string(fiber.number) + " is not in the mask of " + place.text());
+    }
+    fiber.mask = mask, fiber.given = value;
+    wait(State::at_warp_barrier, place);
+    return current->received;
+  }
+
+  // How many threads of the block gave something else than 0; waits for all of them.
+  int block_barrier(bool value, Place place) {
+    current->given = value;
+    wait(State::at_block_barrier, place);
+    return static_cast<int>(current->received[0]);
+  }
+
+  void* shared(const void* tag, size_t bytes) {
+    auto found = shared_.find(tag);
+    if (found == shared_.end()) {
+      static_bytes_ += bytes;
+      if (static_bytes_ > kMostStatic) {
+        fail("more than 48 KiB of shared arrays");
+      }
+      found = shared_.emplace(tag, std::pair{guarded_memory().allocate(bytes), bytes}).first;
+    }
+    return found->second.first;
+  }
+  void* dynamic_shared() const { return dynamic_; }
+
+  [[noreturn]] void fail(const std::string& what) {
+    failure_ = what + " (block " + text(block_index) + ", thread " +
+               (current ? text(current->thread) : "none") + ", after " +
+               (current ? current->place.text() : "none") + ")";
+    _longjmp(scheduler_, 1);
+  }
+
+ private:
+  std::function<void()> body_;
+  void* kernel_ = nullptr;
+  std::vector<Fiber*> fibers_;
+  std::map<const void*, std::pair<void*, size_t>> shared_;
+  void* dynamic_ = nullptr;
+  size_t dynamic_bytes_ = 0, static_bytes_ = 0;
+  std::string failure_;
+  jmp_buf scheduler_;
+  std::minstd_rand random_{static_cast<unsigned>(
+      std::getenv("CUDA_EMULATION_SEED") ? std::atoi(std::getenv("CUDA_EMULATION_SEED")) : 1)};
+  std::array<struct sigaction, 4> handlers_{};
+  stack_t signal_stack_{};
+  static constexpr std::array<int, 4> kSignals{SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+
+  static std::string text(uint3 index) {
+    return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+           std::to_string(index.z) + ")";
+  }
+
+  std::string name() const {
+    Dl_info info;
+    if (!dladdr(kernel_, &info) || !info.dli_sname) {
+      return "without a name";
+    }
+    int status = 0;
+    char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
+    const std::string name = status == 0 ? demangled : info.dli_sname;
+    std::free(demangled);
+    return name;
+  }
+
+  void check_limits(size_t dynamic_bytes) const {
+    if (block.count() < 1 || block.count() > kMostThreads || block.z > 64 || grid.count() < 1 ||
+        grid.x > 0x7FFFFFFF || grid.y > 0xFFFF || grid.z > 0xFFFF || dynamic_bytes > kMostShared) {
+      throw std::runtime_error("emulated kernel " + name() + ": no device takes such a launch");
+    }
+  }
+
+  void run_block() {
+    std::memset(dynamic_, kPoison, dynamic_bytes_);
+    static_bytes_ = 0;
+    for (const auto& [tag, memory] : shared_) {
+      std::memset(memory.first, kPoison, memory.second);
+      static_bytes_ += memory.second;
+    }
+    const unsigned count = static_cast<unsigned>(block.count());
+    std::vector<Fiber*> ready(fibers_.begin(), fibers_.begin() + count);
+    for (unsigned i = 0; i < count; ++i) {
+      Fiber& fiber = *fibers_[i];
+      fiber.state = State::ready, fiber.number = i, fiber.place = {"the start", "", 0};
+      fiber.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+    }
+    unsigned ended = 0;
+    while (!ready.empty()) {
+      std::swap(ready[random_() % ready.size()], ready.back());
+      Fiber& fiber = *ready.back();
+      ready.pop_back();
+      resume(fiber);
+      if (!failure_.empty()) {
+        return;
+      }
+      ended += fiber.state == State::ended;
+      const std::vector<Fiber*> met = fiber.state == State::at_block_barrier  ? met_in_block(count)
+                                      : fiber.state == State::at_warp_barrier ? met_in_warp(fiber)
+                                                                              : std::vector<Fiber*>();
+      ready.insert(ready.end(), met.begin(), met.end());
+    }
+    if (ended < count) {
+      describe_deadlock(count);
+    }
+  }
+
+  std::vector<Fiber*> met_in_block(unsigned count) {
+    uint64_t total = 0;
+    for (unsigned i = 0; i < count; ++i) {
+      if (fibers_[i]->state != State::at_block_barrier || fibers_[i]->place != fibers_[0]->place) {
+        return {};
+      }
+      total += fibers_[i]->given;
+    }
+    for (unsigned i = 0; i < count; ++i) {
+      fibers_[i]->received[0] = total, fibers_[i]->state = State::ready;
+    }
+    return {fibers_.begin(), fibers_.begin() + count};
+  }
+
+  std::vector<Fiber*> met_in_warp(const Fiber& last) {
+    std::vector<Fiber*> met;
+    std::array<uint64_t, kWarp> given{};
+    const unsigned first = last.number / kWarp * kWarp;
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if (!(last.mask >> lane & 1)) {
+        continue;
+      }
+      if (first + lane >= block.count()) {
+        return {};
+      }
+      Fiber& fiber = *fibers_[first + lane];
+      if (fiber.state != State::at_warp_barrier || fiber.mask != last.mask ||
+          fiber.place != last.place) {
+        return {};
+      }
+      given[lane] = fiber.given;
+      met.push_back(&fiber);
+    }
+    for (Fiber* fiber : met) {
+      fiber->received = given, fiber->state = State::ready;
+    }
+    return met;
+  }
+
+  void describe_deadlock(unsigned count) {
+    std::map<std::string, std::pair<unsigned, unsigned>> places;  // threads, and the first of them
+    for (unsigned i = 0; i < count; ++i) {
+      const Fiber& fiber = *fibers_[i];
+      const std::string where =
+          fiber.state == State::ended ? "ended" : "wait in " + fiber.place.text();
+      ++places.try_emplace(where, 0u, i).first->second.first;
+    }
+    failure_ = "divergent barrier in block " + text(block_index) + ":";
+    for (const auto& [where, threads] : places) {
+      failure_ += " " + std::to_string(threads.first) + " threads from number " +
+                  std::to_string(threads.second) + " on " + where + ";";
+    }
+  }
+
+  void wait(State state, Place place) {
+    current->state = state, current->place = place;
+    pause();
+  }
+
+  __attribute__((noinline)) void resume(Fiber& fiber) {
+    current = &fiber;
+    if (_setjmp(scheduler_) == 0) {
+      if (fiber.started) {
+        _longjmp(fiber.paused, 1);
+      }
+      fiber.started = true;
+      setcontext(&fiber.start);
+    }
+    current = nullptr;
+  }
+
+  __attribute__((noinline)) void pause() {
+    if (_setjmp(current->paused) == 0) {
+      _longjmp(scheduler_, 1);
+    }
+  }
+
+  static void live();  // what every fiber does
+
+  static Fiber* make_fiber() {
+    auto* fiber = new Fiber;
+    getcontext(&fiber->start);
+    fiber->start.uc_stack.ss_sp = guarded_memory().allocate(kStackBytes);
+    fiber->start.uc_stack.ss_size = kStackBytes;
+    fiber->start.uc_link = nullptr;
+    makecontext(&fiber->start, &Device::live, 0);
+    return fiber;
+  }
+
+  void catch_signals() {
+    static std::array<char, 64 << 10> stack;
+    stack_t own{};
+    own.ss_sp = stack.data(), own.ss_size = stack.size();
+    sigaltstack(&own, &signal_stack_);
+    struct sigaction action{};
+    action.sa_sigaction = &Device::on_signal;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    for (size_t i = 0; i < kSignals.size(); ++i) {
+      sigaction(kSignals[i], &action, &handlers_[i]);
+    }
+  }
+
+  void release_signals() {
+    for (size_t i = 0; i < kSignals.size(); ++i) {
+      sigaction(kSignals[i], &handlers_[i], nullptr);
+    }
+    sigaltstack(&signal_stack_, nullptr);
+  }
+
+  static void on_signal(int number, siginfo_t* info, void*);
+};
+
+inline Device& device() {
+  static Device device;
+  return device;
+}
+
+inline void Device::live() {
+  for (;;) {
+    device().body_();
+    device().current->state = State::ended;
+    device().pause();
+  }
+}
+
+inline void Device::on_signal(int number, siginfo_t* info, void*) {
+  Device& here = device();
+  if (!here.current) {
+    signal(number, SIG_DFL);
+    return;
+  }
+  here.fail(
+      number == SIGILL   ? "undefined behaviour, such as a shift by too much or an overflow"
+      : number == SIGFPE ? "a division by zero"
+                         : "access out of bounds near address " +
+                               std::to_string(reinterpret_cast<uintptr_t>(info->si_addr)));
+}
+
+}  // namespace emulation

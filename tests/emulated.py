@@ -1,0 +1,106 @@
+"""CUDA kernels compiled for the CPU and called from tests; see tests/cuda_emulation.
+
+A library is compiled once for each state of its sources and kept under build/.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+_FOLDERS = [ROOT / "csrc", ROOT / "csrc/cuda", ROOT / "tests/cuda_emulation"]
+_TORCH = Path(torch.__file__).parent / "include"
+COMPILER = os.environ.get("CXX", "c++")
+# Undefined behaviour, such as a shift by 32, is an illegal instruction, which the emulator reports.
+_FLAGS = [
+    "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
+    "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-fno-sanitize=vptr",
+]  # fmt: skip
+
+
+def built(source: str, *flags: str) -> Path:
+    """The library of one file of tests/cuda_emulation, compiled if it is new.
+
+    Raises:
+        RuntimeError: it does not compile; the compiler's words are in the message.
+    """
+    headers = [p for folder in _FOLDERS for p in folder.rglob("*.*") if p.suffix[1:] in _SOURCES]
+    command = [*COMPILER.split(), *_FLAGS, *flags, *(f"-I{folder}" for folder in _FOLDERS)]
+    command += ["-isystem", str(_TORCH), "-isystem", str(_TORCH / "torch/csrc/api/include")]
+    digest = hashlib.sha256(f"{command} {source} {torch.__version__}".encode())
+    for path in sorted(set(headers)):
+        digest.update(str(path).encode() + path.read_bytes())
+    library = ROOT / "build/cuda_emulation" / f"{Path(source).stem}-{digest.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        command += [str(ROOT / "tests/cuda_emulation" / source), "-o", str(unfinished)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"{source} does not compile:\n{run.stderr}")
+        unfinished.rename(library)
+    return library
+
+
+_SOURCES = {"h", "cuh", "cu", "cpp"}
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler to build with."""
+    return shutil.which(COMPILER.split()[0]) is not None
+
+
+class Library:
+    """The entries of a compiled file, called with tensors, integers and None."""
+
+    def __init__(self, source: str, *flags: str) -> None:
+        self._library = ctypes.CDLL(str(built(source, *flags)))
+        self._library.guarded_allocate.argtypes = [ctypes.c_size_t]
+        self._library.guarded_allocate.restype = ctypes.c_void_p
+        self._library.guarded_free.argtypes = [ctypes.c_void_p]
+        self._library.guarded_damage.restype = ctypes.c_char_p
+
+    def call(self, entry: str, *arguments: Tensor | int | None) -> None:
+        """Run an entry.
+
+        Raises:
+            RuntimeError: what the emulator found wrong with the kernel.
+        """
+        function = getattr(self._library, entry)
+        function.restype = ctypes.c_char_p
+        message = function(*map(_argument, arguments))
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+    def guarded(self, tensor: Tensor) -> Tensor:
+        """The same numbers in memory whose ends cannot be crossed unseen."""
+        copy = self.empty(*tensor.shape, dtype=tensor.dtype)
+        return copy.copy_(tensor.detach())
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Such memory with every bit set: NaN, or −1."""
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)
+        address = self._library.guarded_allocate(size)
+        memory = (ctypes.c_char * size).from_address(address)
+        weakref.finalize(memory, self._library.guarded_free, address)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    def damage(self) -> str | None:
+        """What was written outside of tensors that are gone by now."""
+        message = self._library.guarded_damage()
+        return None if message is None else message.decode()
+
+
+def _argument(value: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
+    if value is None or isinstance(value, Tensor):
+        return ctypes.c_void_p(None if value is None else value.data_ptr())
+    return ctypes.c_int64(value)
