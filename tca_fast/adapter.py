@@ -6,16 +6,18 @@ Shapes: T tokens, D model width, F features.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tca_fast import ops, sparsity
-from tca_fast.config import AdapterConfig
 from tca_fast.density import DensityObserver
 from tca_fast.errors import UserError
 from tca_fast.ops import ActiveFeatures, AdapterOutput
+
+if TYPE_CHECKING:
+    from tca_fast.config import AdapterConfig
 
 
 class TranscoderAdapter(nn.Module):

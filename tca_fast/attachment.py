@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from tca_fast.adapter import AdaptedMLP, TranscoderAdapter
-from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tca_fast.checkpoint import Provenance
+    from tca_fast.config import AdapterConfig
 
 MLP_NAME = "mlp"
 
@@ -217,7 +217,10 @@ def attach(
     Raises:
         UserError: adapters are already attached, or the structure is not supported.
     """
-    config = config or AdapterConfig()
+    if config is None:
+        from tca_fast.config import AdapterConfig
+
+        config = AdapterConfig()
     if any(isinstance(module, AdaptedMLP) for module in model.modules()):
         raise UserError("model: adapters are already attached; call tca_fast.detach(model) first")
     parts = decoder_parts(model)

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
-from tca_fast.config import AdapterConfig
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
 from tca_fast.fingerprint import Fingerprint, fingerprint
@@ -34,6 +33,8 @@ from tca_fast.model_card import model_card, model_to_load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from tca_fast.config import AdapterConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -221,6 +222,8 @@ def _config_json(adapted: AdaptedModel, provenance: Provenance) -> str:
 
 
 def _parse_config(config: Mapping[str, Any], path: Path) -> CheckpointInfo:
+    from tca_fast.config import AdapterConfig
+
     def get(name: str, kind: type | tuple[type, ...]) -> Any:
         value = config.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tca_fast import reference
 from tca_fast.errors import UserError
-from tca_fast.kernels import DENSE_SHARE
-from tca_fast.registry import backend, backends, operator
+from tca_fast.registry import backend, backends, dense_share, operator, serving
 
 __all__ = [
     "ActiveFeatures",
@@ -28,15 +27,16 @@ __all__ = [
     "backends",
     "decode",
     "encode",
+    "serving",
 ]
 
 # Share of all features expected to be active when nothing is known of it, by kind of device. More
 # may fire: on a CPU they are then computed again in the backward, which costs one encoder product;
 # a CUDA device, which cannot be asked, starts with dense products.
 _DEFAULT_DENSITY = {"cpu": 1 / 32, "cuda": 1.0}
-# From this share on, activations are kept densely. On a CPU, packing twice as many would take as
-# much memory; on CUDA, dense products are faster from about here on (performance §3b).
-_DENSE_DENSITY = {"cpu": 1 / 4, "cuda": DENSE_SHARE}
+# On a CPU, activations are kept densely from this share on: packing twice as many would take as
+# much memory. On CUDA, from where dense products are faster (`registry.dense_share`).
+_CPU_DENSE_SHARE = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -217,20 +217,25 @@ def adapter(
         gain,
         token_mask,
         k,
-        _capacity(x_TD.shape[0], num_features, k, expected_density, x_TD.device.type),
+        _capacity(x_TD, num_features, k, expected_density),
     )
     return AdapterOutput(y_TD.view(mlp_out.shape), l1, l0_T, fired_F, row_ptr[-1])
 
 
 def _capacity(
-    num_tokens: int, num_features: int, k: int | None, expected_density: float | None, device: str
+    x_TD: Tensor, num_features: int, k: int | None, expected_density: float | None
 ) -> int:
     """Active features to reserve room for: twice what is expected, or all when that is less."""
+    num_tokens, width = x_TD.shape
     if k is not None:
         return num_tokens * k
-    regime = device if device in _DENSE_DENSITY else "cuda"
-    density = _DEFAULT_DENSITY[regime] if expected_density is None else expected_density
-    if density > _DENSE_DENSITY[regime]:
+    if x_TD.device.type == "cpu":
+        density, most = _DEFAULT_DENSITY["cpu"], _CPU_DENSE_SHARE
+    else:
+        density, most = _DEFAULT_DENSITY["cuda"], dense_share(x_TD.device, width, num_features)
+    if expected_density is not None:
+        density = expected_density
+    if density > most:
         return num_tokens * num_features
     return num_tokens * min(num_features, max(4, math.ceil(2 * density * num_features)))
 

@@ -2,9 +2,10 @@
 
 The dispatcher is the backend table (design §4.1): `reference` serves every device, and a faster
 backend takes a device over by registering for its dispatch key, as the compiled extension does for
-the CPU. `torch.ops.tca_fast.*` are what the dispatcher chooses; `torch.ops.tca_fast_reference.*`
-and `torch.ops.tca_fast_triton.*` are the same operators without its choice. All take a capacity for
-the packed active features, which `tca_fast.ops` works out.
+the CPU. CUDA devices may have several, and `selection` says which one computes a call, from what
+was measured. `torch.ops.tca_fast.*` are what is chosen; `torch.ops.tca_fast_reference.*` and
+`torch.ops.tca_fast_triton.*` are the same operators without a choice. All take a capacity for the
+packed active features, which `tca_fast.ops` works out.
 
 Shapes: T tokens, D model width, F features, C capacity.
 """
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tca_fast import reference
+from tca_fast import reference, selection
 from tca_fast.errors import UserError
+from tca_fast.selection import Call
 
 # Implementations beside the reference: the device they serve, the module that holds them, and what
 # installs it.
@@ -32,6 +34,8 @@ _BACKENDS = {
 # `cpp` is what the dispatcher takes for the CPU; it has no namespace of its own.
 _NAMESPACES = {"cpp": "tca_fast", "reference": "tca_fast_reference", "triton": "tca_fast_triton"}
 _DISPATCHED = "tca_fast"
+# Dispatch keys under which a backend's own namespace may be registered.
+_ANY_DEVICE = "CompositeExplicitAutograd"
 
 _SCHEMAS = {
     "encode": (
@@ -69,16 +73,42 @@ def backends() -> dict[str, dict[str, str]]:
     """Which implementation serves each operator on each kind of device.
 
     Returns:
-        {operator: {"CPU" or "CUDA": backend name}}; "reference" is the plain PyTorch one.
+        {operator: {"CPU" or "CUDA": backend name}}; "reference" is the plain PyTorch one. For CUDA
+        several names, joined by ", ", where the choice depends on the shape.
     """
-    names = {key: name for name, (key, _, _) in _BACKENDS.items()}
     return {
-        operator: {
-            key: names[key] if _is_registered(operator, key) else "reference"
-            for key in ("CPU", "CUDA")
-        }
-        for operator in _SCHEMAS
+        operator: {device: name for device, (name, _) in served.items()}
+        for operator, served in serving().items()
     }
+
+
+def serving() -> dict[str, dict[str, tuple[str, str]]]:
+    """As `backends`, each with the reason."""
+    family = selection.family()
+    table = {}
+    for operator in _SCHEMAS:
+        by_device = {}
+        if _is_registered(operator, "CPU"):
+            by_device["CPU"] = "cpp", "the compiled extension is registered for CPU, so it serves"
+        else:
+            why = "the compiled extension is not installed, so plain PyTorch serves"
+            by_device["CPU"] = "reference", why
+        by_device["CUDA"] = selection.reason(_forward(operator), cuda_backends(), family)
+        table[operator] = by_device
+    return table
+
+
+def cuda_backends() -> tuple[str, ...]:
+    """Names of the implementations that are installed and can serve CUDA devices."""
+    others = [name for name, (key, _, _) in _BACKENDS.items() if key == "CUDA"]
+    return ("reference", *filter(_is_installed, others))
+
+
+def dense_share(device: torch.device, width: int, features: int) -> float:
+    """`selection.dense_share` among the backends that may be chosen here."""
+    forced = [name for name, space in _NAMESPACES.items() if space == _namespace != _DISPATCHED]
+    among = tuple(forced) or cuda_backends()
+    return selection.dense_share(device, width, features, among)
 
 
 @contextmanager
@@ -97,8 +127,8 @@ def backend(name: str) -> Iterator[None]:
         known = ", ".join(sorted(_NAMESPACES))
         raise UserError(f"backend: {name!r} is not known; choose one of {known}")
     if name in _BACKENDS:
-        key, module, remedy = _BACKENDS[name]
-        if not all(_is_registered(operator, key) for operator in _SCHEMAS):
+        _, module, remedy = _BACKENDS[name]
+        if not _is_installed(name):
             raise UserError(f"backend: {name!r} needs {module}, which is not installed; {remedy}")
     if name == "triton" and not torch.cuda.is_available() and not _triton_is_interpreted():
         raise UserError(
@@ -117,8 +147,20 @@ def operator(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, _namespace), name)
 
 
-def _is_registered(operator: str, key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{_DISPATCHED}::{operator}", key)
+def _is_registered(operator: str, key: str, namespace: str = _DISPATCHED) -> bool:
+    name = f"{namespace}::{operator}"
+    return torch._C._dispatch_has_kernel(name) and (
+        torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    )
+
+
+def _is_installed(name: str) -> bool:
+    """Whether every operator of a backend is there."""
+    namespace = _NAMESPACES[name]
+    keys = [_BACKENDS[name][0]] if namespace == _DISPATCHED else [_BACKENDS[name][0], _ANY_DEVICE]
+    return all(
+        any(_is_registered(operator, key, namespace) for key in keys) for operator in _SCHEMAS
+    )
 
 
 def _triton_is_interpreted() -> bool:
@@ -328,11 +370,46 @@ def _triton(name: str) -> Callable[..., Any]:
         from tca_fast.kernels import operators
 
         dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+        options = {}
+        if _forward(name) == "adapter":
+            call = _call(name, arguments)
+            options["dense_share"] = dense_share(dense[0].device, call.width, call.features)
         # Triton launches on the current device, which need not be the one of the tensors.
         with torch.cuda.device_of(dense[0]):
-            return getattr(operators, name)(*dense)
+            return getattr(operators, name)(*dense, **options)
 
     return _without_autocast(run)
+
+
+def _measured(name: str) -> Callable[..., Any]:
+    """An operator on CUDA, by the backend that was measured to be the fastest for the call."""
+
+    def run(*arguments: Any) -> Any:
+        chosen = selection.choose(_call(name, arguments), cuda_backends(), arguments[0].device)
+        return getattr(getattr(torch.ops, _NAMESPACES[chosen]), name)(*arguments)
+
+    return run
+
+
+def _forward(operator: str) -> str:
+    return operator.removesuffix("_backward")
+
+
+def _call(name: str, arguments: tuple[Any, ...]) -> Call:
+    """What `selection` may look at: the same for a forward pass and its backward."""
+    schema = getattr(torch.ops.tca_fast, name).default._schema
+    given = {parameter.name: a for parameter, a in zip(schema.arguments, arguments, strict=True)}
+    features, width = given["W_enc" if "W_enc" in given else "W_dec"].shape
+    tokens = len(given["x"]) if "x" in given else len(given["row_ptr"]) - 1
+    if "capacity" in given:
+        room = given["capacity"]
+    else:
+        room = len(given["value" if "value" in given else "feature"])
+    density = min(1.0, room / max(1, tokens * features))
+    # Without a k the layer has room for twice what is expected, unless it has room for all.
+    if "k" in given and given["k"] is None and _forward(name) == "adapter" and density < 1:
+        density /= 2
+    return Call(_forward(name), tokens, width, features, density)
 
 
 _namespace = _DISPATCHED
@@ -343,5 +420,5 @@ if importlib.util.find_spec("tca_fast._C"):
     importlib.import_module("tca_fast._C")
 if importlib.util.find_spec("triton"):
     _register(_NAMESPACES["triton"], _triton)
-    for _name in _SCHEMAS:
-        torch.library.impl(f"{_DISPATCHED}::{_name}", "CUDA", _triton(_name))
+for _name in _SCHEMAS:
+    torch.library.impl(f"{_DISPATCHED}::{_name}", "CUDA", _measured(_name))

@@ -18,6 +18,7 @@ FLOORS = {
     "durable": 0,
     "kernels": 0,
     "registry": 1,
+    "selection": 1,
     "ops": 1,
     "losses": 1,
     "density": 1,

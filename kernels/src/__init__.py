@@ -3,7 +3,7 @@
 Importing this package alone does not import Triton.
 """
 
-# Share of active pairs above which dense products are expected to beat gathered rows, on every
-# shape: four rows of 2·D bytes for each pair at 60 % of 5.5 TB/s, against five products of 2·T·D·F
-# operations at 750 TFLOP/s (performance floors §3; to be replaced by a measurement).
-DENSE_SHARE = 1 / 180
+# Share of active pairs above which dense products are assumed to beat gathered rows, on every
+# shape, where nothing was measured: four rows of 2·D bytes for each pair at 60 % of 5.5 TB/s,
+# against five products of 2·T·D·F operations at 750 TFLOP/s (performance floors §3).
+ASSUMED_DENSE_SHARE = 1 / 180

@@ -1,4 +1,4 @@
-"""Block sizes and regimes as plain functions of shape.
+"""Block sizes as plain functions of shape.
 
 Shapes: T tokens, D model width, F features. Nothing here was chosen by measurement yet; the
 reasons are bytes in flight and registers, and a results file may overrule them.
@@ -12,8 +12,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from tca_fast.kernels import DENSE_SHARE
 
 # Registers of a program hold a few float32 rows of the model width; this many numbers a thread.
 _NUMBERS_PER_THREAD = 16
@@ -51,11 +49,6 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype of sums."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def gathers(num_active: int, num_tokens: int, num_features: int) -> bool:
-    """Whether so few pairs are active that reading single rows beats dense products."""
-    return num_active <= DENSE_SHARE * num_tokens * num_features
 
 
 def row(width: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tca_fast.kernels import by_feature, dense, launch, pack
+from tca_fast.kernels import ASSUMED_DENSE_SHARE, by_feature, dense, launch, pack
 from tca_fast.kernels.gather import gather_rows, norms
 from tca_fast.kernels.product import overflow_product
 from tca_fast.kernels.select import Counts, select
@@ -80,8 +80,13 @@ def adapter(
     token_mask_T: Tensor | None,
     k: int | None,
     capacity: int,
+    *,
+    dense_share: float = ASSUMED_DENSE_SHARE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The adapter branch and its statistics: (y, l1, l0, fired, row_ptr, feature, value)."""
+    """The adapter branch and its statistics: (y, l1, l0, fired, row_ptr, feature, value).
+
+    A TopK that keeps more than `dense_share` of all pairs is computed by dense products.
+    """
     z_TF = torch.addmm(b_enc_F, x_TD, W_enc_FD.T)
     num_tokens, num_features = z_TF.shape
     mask = _as_bytes(token_mask_T)
@@ -95,7 +100,7 @@ def adapter(
 
     bits = select(z_TF, mask, k, counts)
     row_ptr = counts.row_ptr()
-    if _by_products(k, capacity, num_tokens, num_features):
+    if _by_products(k, capacity, num_tokens, num_features, dense_share):
         y_TD, l1_T = _dense_forward(z_TF, bits, mlp_out_TD, W_dec_FD, b_dec_D, gain_F, mask, None)
         if keeps_dense:
             packed = _kept_dense(row_ptr, z_TF)
@@ -130,15 +135,17 @@ def adapter_backward(
     row_ptr: Tensor,
     feature: Tensor,
     value: Tensor,
+    *,
+    dense_share: float = ASSUMED_DENSE_SHARE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients (dx, dW_enc, db_enc, dW_dec, db_dec) of `adapter`."""
+    """Gradients (dx, dW_enc, db_enc, dW_dec, db_dec) of `adapter`, given the same share."""
     upstream = dense.Upstream(grad_y_TD, grad_l1, gain_F, _as_bytes(token_mask_T))
     db_dec = upstream.y.sum(0, dtype=launch.sum_dtype(x_TD.dtype)).to(x_TD.dtype)
     num_tokens, num_features, capacity = x_TD.shape[0], W_enc_FD.shape[0], len(feature)
 
     if not capacity and value.numel() == num_tokens * num_features:
         features_TF = value.view(num_tokens, num_features)
-    elif _by_products(k, capacity, num_tokens, num_features):
+    elif _by_products(k, capacity, num_tokens, num_features, dense_share):
         features_TF = pack.unpack(pack.Packed(row_ptr, feature, value), num_features)
     else:
         pairs = pack.by_feature(row_ptr, feature, num_features)
@@ -170,15 +177,13 @@ def _always_fits(k: int | None, capacity: int, num_tokens: int, num_features: in
     return capacity >= num_tokens * most
 
 
-def _by_products(k: int | None, capacity: int, num_tokens: int, num_features: int) -> bool:
+def _by_products(
+    k: int | None, capacity: int, num_tokens: int, num_features: int, dense_share: float
+) -> bool:
     """Whether the pass is computed by dense products: known from the arguments, never counted."""
     if capacity >= num_tokens * num_features:
         return True
-    return (
-        k is not None
-        and capacity >= num_tokens * k
-        and not launch.gathers(num_tokens * k, num_tokens, num_features)
-    )
+    return k is not None and capacity >= num_tokens * k and k > dense_share * num_features
 
 
 def _kept_dense(row_ptr: Tensor, features_TF: Tensor) -> pack.Packed:

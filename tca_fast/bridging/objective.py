@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tca_fast import losses
 from tca_fast.bridging.streams import Streams
-from tca_fast.config import ObjectiveConfig
 from tca_fast.errors import UserError
 from tca_fast.sparsity import SparsityRecorder
+
+if TYPE_CHECKING:
+    from tca_fast.config import ObjectiveConfig
 
 
 class StepOutput(NamedTuple):

@@ -9,6 +9,7 @@ others there and each adapter layer is back-propagated once. Logits exist in chu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +19,10 @@ from tca_fast.bridging.head import Distances, Readout
 from tca_fast.bridging.objective import BridgingObjective, Passes
 from tca_fast.bridging.partial import PartialRunner, Trace
 from tca_fast.bridging.streams import Streams
-from tca_fast.config import ObjectiveConfig
 from tca_fast.sparsity import record
+
+if TYPE_CHECKING:
+    from tca_fast.config import ObjectiveConfig
 
 
 class SharedObjective(BridgingObjective):

@@ -17,11 +17,12 @@ from torch import nn
 from tca_fast import checkpoint
 from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
 from tca_fast.bridging.pair import ACCEPTABLE, check_pair, check_tokenizers
-from tca_fast.config import AdapterConfig, PairConfig
 from tca_fast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tca_fast.config import AdapterConfig, PairConfig
 
 
 class Streams(NamedTuple):
@@ -181,6 +182,8 @@ def load_adapted(
     Raises:
         UserError: the checkpoint or a model cannot be read, names no models, or does not fit.
     """
+    from tca_fast.config import PairConfig
+
     directory = checkpoint.local_directory(directory, revision)
     origin = checkpoint.read_adapter_config(directory).provenance
     base, target = base or origin.base, target or origin.target

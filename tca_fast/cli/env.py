@@ -78,6 +78,7 @@ class Environment:
         versions: installed version by distribution; None where it is absent.
         machine: operating system, processor, cores, memory, threads torch uses.
         devices: CUDA devices with memory and compute capability; empty without one.
+        measured: the measurements that choose among backends on CUDA, or that there are none.
         operators: which backend serves each operator on each device.
         missing: what could be added, with the command.
     """
@@ -85,6 +86,7 @@ class Environment:
     versions: dict[str, str | None]
     machine: dict[str, str]
     devices: list[str]
+    measured: str
     operators: list[Serving]
     missing: list[Missing]
 
@@ -95,8 +97,11 @@ def collect() -> Environment:
     for name in ("tca_fast", *REQUIRED, *OPTIONAL):
         versions[name] = _version(name)
     devices = _devices()
-    operators, missing = _operators(devices), _missing(devices)
-    return Environment(versions, describe_machine(), devices, operators, missing)
+    from tca_fast import selection
+
+    measured = selection.in_force(selection.family())
+    operators, missing = _operators(), _missing(devices)
+    return Environment(versions, describe_machine(), devices, measured, operators, missing)
 
 
 def describe_machine() -> dict[str, str]:
@@ -127,7 +132,8 @@ def env(
     versions = {name: version or "absent" for name, version in found.versions.items()}
     console.print(_pairs("Versions", versions))
     devices = found.devices or ["none, computing on the CPU"]
-    console.print(_pairs("Machine", {**found.machine, "CUDA devices": "\n".join(devices)}))
+    shown = {"CUDA devices": "\n".join(devices), "measured backends": found.measured}
+    console.print(_pairs("Machine", {**found.machine, **shown}))
     operators = _table("Operators", "operator", "device", "backend", "why")
     for serving in found.operators:
         _add_row(operators, serving.operator, serving.device, serving.backend, serving.reason)
@@ -168,23 +174,14 @@ def _devices() -> list[str]:
     return described
 
 
-def _operators(devices: list[str]) -> list[Serving]:
+def _operators() -> list[Serving]:
     from tca_fast import ops
 
     return [
-        Serving(operator, device, backend, _reason(device, backend, devices))
-        for operator, by_device in ops.backends().items()
-        for device, backend in by_device.items()
+        Serving(operator, device, backend, reason)
+        for operator, by_device in ops.serving().items()
+        for device, (backend, reason) in by_device.items()
     ]
-
-
-def _reason(device: str, backend: str, devices: list[str]) -> str:
-    serves = "serves" if device == "CPU" or devices else "would serve; no CUDA device here"
-    if backend != "reference":
-        who = {"cpp": "the compiled extension is", "triton": "the Triton backend is"}[backend]
-        return f"{who} registered for {device}, so it {serves}"
-    why = "Triton" if device == "CUDA" else "the compiled extension"
-    return f"{why} is not installed, so plain PyTorch {serves}"
 
 
 def _missing(devices: list[str]) -> list[Missing]:
