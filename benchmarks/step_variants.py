@@ -19,6 +19,7 @@ from tca_fast import losses
 from tca_fast.adapter import TranscoderAdapter
 from tca_fast.attachment import decoder_parts, residual_states
 from tca_fast.bridging.head import Distances, Readout, distances
+from tca_fast.bridging.inputs import Inputs
 from tca_fast.bridging.objective import BridgingObjective, Passes
 from tca_fast.bridging.partial import PartialRunner
 from tca_fast.bridging.plain import PlainObjective
@@ -31,29 +32,22 @@ from tca_fast.sparsity import record
 class _ChunkedPlain(PlainObjective):
     """The plain step with its losses taken in chunks."""
 
-    def _passes(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_mask: Tensor,
-        labels: Tensor,
-        cutoffs: Sequence[int],
-    ) -> Passes:
+    def _passes(self, inputs: Inputs, cutoffs: Sequence[int]) -> Passes:
         def read(model: Any) -> tuple[Readout, list[Tensor]]:
             runner = PartialRunner(model)
-            states = runner.run(input_ids, attention_mask).states
+            states = runner.run(inputs).states
             return Readout(states[-1], runner), states
 
         with torch.no_grad():
             teacher, reference_states = read(self.reference_stream)
-        with record(token_mask) as recorder:
+        with record(inputs.token_mask) as recorder:
             main, states = read(self.adapter_stream)
         mixed = {
             f"{direction}_{{}}/cutoff_{cutoff}": read(model)[0]
             for cutoff in cutoffs
             for direction, model in self._mixed_models(cutoff).items()
         }
-        found = distances(teacher, [main, *mixed.values()], labels, self.config.loss)
+        found = distances(teacher, [main, *mixed.values()], inputs.labels, self.config.loss)
         sums = {"kl": found.kl, "lm": found.lm}
         bridges = {
             name.format(kind): sums[kind][i]
@@ -67,21 +61,17 @@ class _ChunkedPlain(PlainObjective):
 class _RepeatedForNMSE(BridgingObjective):
     """NMSE from two whole passes of its own, as in the published code (contract §3.6)."""
 
-    def _passes(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_mask: Tensor,
-        labels: Tensor,
-        cutoffs: Sequence[int],
-    ) -> Passes:
-        passes = super()._passes(input_ids, attention_mask, token_mask, labels, cutoffs)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    def _passes(self, inputs: Inputs, cutoffs: Sequence[int]) -> Passes:
+        passes = super()._passes(inputs, cutoffs)
         with torch.no_grad(), residual_states(self.reference_stream) as reference_states:
-            decoder_parts(self.reference_stream).decoder(**inputs)
+            _run_decoder(self.reference_stream, inputs)
         with residual_states(self.adapter_stream) as states:
-            decoder_parts(self.adapter_stream).decoder(**inputs)
+            _run_decoder(self.adapter_stream, inputs)
         return passes._replace(states=states, reference_states=reference_states)
+
+
+def _run_decoder(model: Any, inputs: Inputs) -> None:
+    decoder_parts(model).decoder(**inputs.arguments(model))
 
 
 class _Published(_RepeatedForNMSE, PlainObjective):

@@ -1,6 +1,7 @@
 """Tiny random models and dense oracles shared by the tests."""
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -9,6 +10,8 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+
+from tca_fast.bridging.inputs import Packing
 
 SHAPE = {
     "vocab_size": 61,
@@ -46,6 +49,33 @@ def random_model(cls, config, seed: int) -> PreTrainedModel:
     return model.eval()
 
 
+# What each adds to Qwen2 and Llama that a partial run or the head has to reproduce.
+ARCHITECTURES = {
+    "qwen3, query and key norms": ("Qwen3", {"head_dim": 6}),
+    "mistral, sliding window in every layer": ("Mistral", {"sliding_window": 4}),
+    "gemma 2, soft-capped logits, sliding window in every other layer": (
+        "Gemma2",
+        {"head_dim": 6, "sliding_window": 4, "final_logit_softcapping": 3.0},
+    ),
+    "phi 3, fused projections": ("Phi3", {}),
+    "olmo 2, norms after the sublayers": ("Olmo2", {}),
+    "granite, scaled embeddings and logits": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    ),
+    "cohere, scaled logits, parallel sublayers": ("Cohere", {"logit_scale": 0.5}),
+    "gpt-neox, parallel sublayers, other names": ("GPTNeoX", {}),
+    "mixtral, experts": ("Mixtral", {}),
+}
+
+
+def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+    """A random model of one of `ARCHITECTURES`."""
+    name, settings = ARCHITECTURES[architecture]
+    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **settings})
+    return random_model(getattr(transformers, f"{name}ForCausalLM"), config, seed)
+
+
 def randomise(adapted, seed: int = 1) -> None:
     """Give every adapter a decoder and biases, so that it does something."""
     generator = torch.Generator().manual_seed(seed)
@@ -64,6 +94,19 @@ def batch(vocab_size: int = SHAPE["vocab_size"], seed: int = 2) -> dict[str, Ten
     labels = input_ids.masked_fill(attention_mask == 0, -100)
     labels[0, :3] = -100
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def packed(padded: dict[str, Tensor]) -> dict:
+    """The sequences of a padded batch side by side in one row, the first token of each labelled."""
+    real = padded["attention_mask"].bool()
+    labels = padded["labels"].clone()
+    labels[:, 0] = padded["input_ids"][:, 0]
+    return {
+        "input_ids": padded["input_ids"][real].unsqueeze(0),
+        "attention_mask": real[real].long().unsqueeze(0),
+        "labels": labels[real].unsqueeze(0),
+        "packing": Packing.of(real.sum(1).tolist()),
+    }
 
 
 def dense_adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=None, gain=None, mask=None):

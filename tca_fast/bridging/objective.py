@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tca_fast import losses
+from tca_fast.bridging.inputs import Inputs, Packing
 from tca_fast.bridging.streams import Streams
 from tca_fast.errors import UserError
 from tca_fast.sparsity import SparsityRecorder
@@ -85,6 +86,7 @@ class BridgingObjective(nn.Module, ABC):
         cutoffs: Sequence[int],
         label_tokens: Tensor | None = None,
         real_tokens: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> StepOutput:
         """Evaluate the objective on one micro-batch.
 
@@ -92,19 +94,23 @@ class BridgingObjective(nn.Module, ABC):
         they are built, to see whether the batch has any padding.
 
         Args:
-            input_ids: int64 [B, S], padded on the right.
+            input_ids: int64 [B, S], padded on the right, or one packed row [1, S].
             attention_mask: int64 or bool [B, S], nonzero for real tokens.
             labels: int64 [B, S], -100 where KL and LM do not count.
             cutoffs: layers at which the streams are crossed, each in 0..L.
             label_tokens: 0-d, positions that count in KL and LM over the whole optimizer step;
                 None is those of this micro-batch.
             real_tokens: 0-d, real tokens over the whole optimizer step; None likewise.
+            packing: where the sequences of a packed row lie. None of them attends to another or
+                predicts the first token of another, so that all figures are those of padded rows.
 
         The micro-batch's NMSE, a ratio, is weighted by its share of the real tokens.
         """
         for adapter in self._adapters:
             adapter.expect_observed_density()
         token_mask = attention_mask.bool()
+        if packing is not None:
+            labels = packing.without_borders(labels)
         own_real_tokens = token_mask.sum()
         if label_tokens is None:
             label_tokens = losses.label_mask(labels).sum()
@@ -112,7 +118,7 @@ class BridgingObjective(nn.Module, ABC):
             real_tokens = own_real_tokens
         label_tokens, real_tokens = label_tokens.clamp(min=1), real_tokens.clamp(min=1)
 
-        passes = self._passes(input_ids, attention_mask, token_mask, labels, cutoffs)
+        passes = self._passes(Inputs(input_ids, token_mask, labels, packing), cutoffs)
         main = {name: value / label_tokens for name, value in passes.main.items()}
         bridges = {name: value / label_tokens for name, value in passes.bridges.items()}
         l1_L = passes.recorder.l1() / real_tokens
@@ -150,14 +156,7 @@ class BridgingObjective(nn.Module, ABC):
         return StepOutput(loss, metrics, passes.recorder.fired())
 
     @abstractmethod
-    def _passes(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_mask: Tensor,
-        labels: Tensor,
-        cutoffs: Sequence[int],
-    ) -> Passes:
+    def _passes(self, inputs: Inputs, cutoffs: Sequence[int]) -> Passes:
         """Run both streams and every mixed model; at the end cutoffs one direction only."""
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tca_fast import sparsity
 from tca_fast.attachment import decoder_parts
+from tca_fast.bridging.inputs import Inputs
 from tca_fast.bridging.streams import copy_container
 
 if TYPE_CHECKING:
@@ -66,13 +67,8 @@ class PartialRunner:
         self._parts = decoder_parts(model)
         self.vocab_size: int = model.config.vocab_size
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor) -> Trace:
-        """Embedding and all decoder layers, by the decoder's own forward and without a KV cache.
-
-        Args:
-            input_ids: int64 [B, S].
-            attention_mask: int64 or bool [B, S], nonzero for real tokens.
-        """
+    def run(self, inputs: Inputs) -> Trace:
+        """Embedding and all decoder layers, by the decoder's own forward and without a KV cache."""
         trace = Trace([], [])
         decoder = copy_container(self._parts.decoder)
         layers = nn.ModuleList(
@@ -80,7 +76,7 @@ class PartialRunner:
         )
         decoder._modules[self._parts.layers_name.rpartition(".")[2]] = layers
         decoder._modules[self._parts.final_norm_name] = nn.Identity()
-        output = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        output = decoder(**inputs.arguments(self._model))
         trace.states.append(output.last_hidden_state)
         return trace
 

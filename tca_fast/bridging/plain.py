@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tca_fast import losses
 from tca_fast.attachment import residual_states
+from tca_fast.bridging.inputs import Inputs
 from tca_fast.bridging.objective import BridgingObjective, Passes
 from tca_fast.bridging.streams import graft
 from tca_fast.sparsity import record
@@ -25,32 +26,28 @@ if TYPE_CHECKING:
 class PlainObjective(BridgingObjective):
     """The objective by whole passes and whole logits."""
 
-    def _passes(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_mask: Tensor,
-        labels: Tensor,
-        cutoffs: Sequence[int],
-    ) -> Passes:
+    def _passes(self, inputs: Inputs, cutoffs: Sequence[int]) -> Passes:
         with torch.no_grad(), residual_states(self.reference_stream) as reference_states:
-            reference_logits = _logits(self.reference_stream, input_ids, attention_mask)
-        with record(token_mask) as recorder, residual_states(self.adapter_stream) as states:
-            logits = _logits(self.adapter_stream, input_ids, attention_mask)
+            reference_logits = _logits(self.reference_stream, inputs)
+        with (
+            record(inputs.token_mask) as recorder,
+            residual_states(self.adapter_stream) as states,
+        ):
+            logits = _logits(self.adapter_stream, inputs)
 
         def distances(logits: Tensor) -> dict[str, Tensor]:
             return {
-                "kl": losses.kl_sum(reference_logits, logits, labels),
-                "lm": losses.lm_sum(logits, labels),
+                "kl": losses.kl_sum(reference_logits, logits, inputs.labels),
+                "lm": losses.lm_sum(logits, inputs.labels),
             }
 
         main = distances(logits)
         bridges = {}
         for cutoff in cutoffs:
             for direction, mixed in self._mixed_models(cutoff).items():
-                for name, value in distances(_logits(mixed, input_ids, attention_mask)).items():
+                for name, value in distances(_logits(mixed, inputs)).items():
                     bridges[f"{direction}_{name}/cutoff_{cutoff}"] = value
-        reference_lm = losses.lm_sum(reference_logits, labels)
+        reference_lm = losses.lm_sum(reference_logits, inputs.labels)
         return Passes(reference_lm, main, bridges, states, reference_states, recorder)
 
     def _mixed_models(self, cutoff: int) -> dict[str, PreTrainedModel]:
@@ -62,5 +59,5 @@ class PlainObjective(BridgingObjective):
         return models
 
 
-def _logits(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+def _logits(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+    return model(**inputs.arguments(model)).logits

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tca_fast.bridging import head
 from tca_fast.bridging.head import Distances, Readout
+from tca_fast.bridging.inputs import Inputs
 from tca_fast.bridging.objective import BridgingObjective, Passes
 from tca_fast.bridging.partial import PartialRunner, Trace
 from tca_fast.bridging.streams import Streams
@@ -41,18 +42,11 @@ class SharedObjective(BridgingObjective):
         self._shares_embedding = self._adapter.shares_embedding(self._reference)
         self._shares_head = self._adapter.shares_head(self._reference)
 
-    def _passes(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        token_mask: Tensor,
-        labels: Tensor,
-        cutoffs: Sequence[int],
-    ) -> Passes:
+    def _passes(self, inputs: Inputs, cutoffs: Sequence[int]) -> Passes:
         with torch.no_grad():
-            reference = self._reference.run(input_ids, attention_mask)
-        with record(token_mask) as recorder:
-            adapter = self._adapter_pass(input_ids, attention_mask, reference)
+            reference = self._reference.run(inputs)
+        with record(inputs.token_mask) as recorder:
+            adapter = self._adapter_pass(inputs, reference)
         main = Readout(adapter.states[-1], self._adapter)
         bridges = {}
         for cutoff in cutoffs:
@@ -63,7 +57,7 @@ class SharedObjective(BridgingObjective):
         # Bridges that are the main pass are read once, with it.
         students = list({id(student): student for student in (main, *bridges.values())}.values())
         teacher = Readout(reference.states[-1], self._reference)
-        found = self._distances(teacher, students, labels)
+        found = self._distances(teacher, students, inputs.labels)
         of_student = {
             id(student): {"kl": kl, "lm": lm}
             for student, kl, lm in zip(students, found.kl, found.lm, strict=True)
@@ -82,10 +76,10 @@ class SharedObjective(BridgingObjective):
             recorder,
         )
 
-    def _adapter_pass(self, input_ids: Tensor, attention_mask: Tensor, reference: Trace) -> Trace:
+    def _adapter_pass(self, inputs: Inputs, reference: Trace) -> Trace:
         """The main pass, from h_0 on where that is shared."""
         if not self._shares_embedding:
-            return self._adapter.run(input_ids, attention_mask)
+            return self._adapter.run(inputs)
         states = self._adapter.resume(reference.calls, reference.states[0], 0)
         return Trace(states, reference.calls)
 

@@ -149,6 +149,11 @@ def load_streams(
         role: _read(f"pair.{role}", AutoConfig, name, revision)
         for role, (name, revision) in names.items()
     }
+    if pair.attn_implementation == "flex_attention" and device == "cpu":
+        raise UserError(
+            "pair.attn_implementation: PyTorch's 'flex_attention' has no backward on a CPU; set "
+            "pair.attn_implementation=sdpa"
+        )
     accept = tuple(pair.accept_differences)
     check_pair(configs["base"], configs["target"], backbone=pair.backbone, accept=accept)
     tokenizers = [load_tokenizer(name, revision) for name, revision in names.values()]
@@ -251,7 +256,7 @@ def _read(field: str, loader: Any, name: str, revision: str | None, **options: A
 
     try:
         return loader.from_pretrained(name, revision=revision, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             f"{field}: {name!r} cannot be loaded ({reason}); give a local model directory or a "

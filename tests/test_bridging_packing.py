@@ -1,0 +1,189 @@
+"""Sequences packed into one row against the same sequences padded: nothing may change."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ARCHITECTURES, batch, packed, random_model, randomise, tiny_model, tiny_qwen2
+from torch.nn.attention import flex_attention as torch_flex
+from transformers import FalconConfig, FalconForCausalLM, masking_utils
+from transformers.integrations import flex_attention as transformers_flex
+
+from tca_fast import AdapterConfig
+from tca_fast.attachment import decoder_parts
+from tca_fast.bridging.inputs import Inputs, Packing, check_packing
+from tca_fast.bridging.plain import PlainObjective
+from tca_fast.bridging.shared import SharedObjective
+from tca_fast.bridging.streams import build_streams
+from tca_fast.config import ObjectiveConfig
+from tca_fast.errors import UserError
+
+STEPS = [PlainObjective, SharedObjective]
+TOLERANCE = 1e-5  # in float32, relative; gradients in norm, tensor by tensor
+# A KL is a difference of logarithms of size 4 or so, whose last bits it cannot be better than.
+VALUE_FLOOR = 8 * torch.finfo(torch.float32).eps
+# Of the norm of the whole gradient: its roundings, for tensors that are nearly nothing.
+GRADIENT_FLOOR = 1e-6
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def streams():
+    """One pair for all mixes of lengths; its windows of 5 are shorter than many sequences."""
+    windowed = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    made = build_streams(
+        tiny_qwen2(1, **windowed), tiny_qwen2(2, **windowed), AdapterConfig(num_features=19)
+    )
+    randomise(made.adapted)
+    return made
+
+
+def attend_by(streams, implementation):
+    for model in (streams.adapted.model, streams.reference):
+        model.set_attn_implementation(implementation)
+
+
+def evaluate(step, streams, inputs, cutoffs=(0, 1, 3)):
+    output = step(streams, ObjectiveConfig(l1_weight=0.1))(**inputs, cutoffs=list(cutoffs))
+    parameters = list(streams.adapted.parameters())
+    return output, torch.autograd.grad(output.loss, parameters, materialize_grads=True)
+
+
+def assert_packed_equals_padded(step, streams, padded, cutoffs=(0, 1, 3)):
+    """Loss and metrics key by key, fired features, and every gradient."""
+    output, gradients = evaluate(step, streams, padded, cutoffs)
+    row, of_row = evaluate(step, streams, packed(padded), cutoffs)
+    assert list(row.metrics) == list(output.metrics)
+    for name, value in output.metrics.items():
+        torch.testing.assert_close(
+            row.metrics[name], value, rtol=TOLERANCE, atol=VALUE_FLOOR, msg=name
+        )
+    assert torch.equal(row.fired, output.fired)
+    floor = GRADIENT_FLOOR * torch.stack([gradient.norm() for gradient in gradients]).norm()
+    for ours, expected in zip(of_row, gradients, strict=True):
+        assert (ours - expected).norm() <= TOLERANCE * expected.norm() + floor
+    assert any(gradient.any() for gradient in gradients)
+
+
+def random_rows(lengths, labelled, seed):
+    """Right-padded sequences of which a share `labelled` of the tokens counts, at least one."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(lengths), max(lengths)
+    ids = torch.randint(3, 61, shape, generator=generator)
+    mask = (torch.arange(shape[1]) < torch.tensor(lengths).unsqueeze(1)).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[torch.rand(shape, generator=generator) >= labelled] = -100
+    longest = lengths.index(max(lengths))
+    labels[longest, 1] = ids[longest, 1]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+MIXES = st.tuples(
+    st.lists(st.integers(1, 20), min_size=1, max_size=6).filter(lambda mix: max(mix) > 1),
+    st.sampled_from([0.3, 1.0]),
+    st.integers(0, 2**16),
+)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@settings(max_examples=200 if settings().max_examples > 200 else 12)
+@given(MIXES)
+def test_any_mix_of_lengths_gives_the_same(streams, implementation, mix):
+    attend_by(streams, implementation)
+    for step in STEPS:
+        assert_packed_equals_padded(step, streams, random_rows(*mix))
+
+
+@pytest.fixture
+def plain_flex_attention(monkeypatch):
+    """Flex attention by its own uncompiled arithmetic, which has a backward on CPUs too.
+
+    What transformers compiles instead has none there, and the C++ of its forward does not compile
+    under PyTorch 2.13. The block masks are the same ones.
+    """
+    compiled_mask = masking_utils.create_block_mask
+
+    def attention(query, key, value, training=False, **options):
+        return torch_flex.flex_attention(query, key, value, **options)
+
+    def mask(*arguments, _compile=True, **options):
+        return compiled_mask(*arguments, **options)
+
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", attention)
+    monkeypatch.setattr(masking_utils, "create_block_mask", mask)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_the_same(streams, plain_flex_attention):
+    attend_by(streams, "flex_attention")
+    mix = random_rows([9, 1, 14], 0.5, 3)
+    assert_packed_equals_padded(SharedObjective, streams, mix, cutoffs=[1])
+    expected, of_flex = [
+        evaluate(SharedObjective, streams, rows, [1])[0].loss for rows in (mix, packed(mix))
+    ]
+    attend_by(streams, "sdpa")
+    of_sdpa = evaluate(SharedObjective, streams, packed(mix), [1])[0].loss
+    torch.testing.assert_close(of_flex, of_sdpa, rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(of_flex, expected, rtol=TOLERANCE, atol=0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_other_architectures_give_the_same(architecture):
+    base, target = (tiny_model(architecture, seed) for seed in (1, 2))
+    check_packing(target)
+    pair = build_streams(base, target, AdapterConfig(num_features=19))
+    randomise(pair.adapted)
+    for step in STEPS:
+        assert_packed_equals_padded(step, pair, batch())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_sequence_is_not_moved_by_its_neighbours(streams, step):
+    """The gradient of one sequence's loss is the same whatever lies beside it."""
+    attend_by(streams, "sdpa")
+    found = []
+    for seed in (5, 6):
+        row = packed(random_rows([7, 6, 8], 1.0, 4))
+        others = random_rows([7, 6, 8], 1.0, seed)["input_ids"]
+        row["input_ids"][0, :7], row["input_ids"][0, 13:] = others[0, :7], others[2]
+        # Statistics and NMSE of the middle one only: the neighbours are made padding.
+        row["attention_mask"][0, :7] = row["attention_mask"][0, 13:] = 0
+        row["labels"][0, :7] = row["labels"][0, 13:] = -100
+        found.append(evaluate(step, streams, row))
+    (one, gradients), (other, of_other) = found
+    assert one.metrics == other.metrics
+    assert all(map(torch.equal, gradients, of_other))
+
+
+def test_positions_and_borders():
+    packing = Packing.of([3, 1, 2])
+    assert packing.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert packing.boundaries.tolist() == [0, 3, 4, 6] and packing.longest == 3
+    assert packing.boundaries.dtype == torch.int32
+    labels = torch.tensor([[5, 6, -100, 7, 8, 9]])
+    assert packing.without_borders(labels).tolist() == [[-100, 6, -100, -100, -100, 9]]
+
+
+def test_flash_attention_is_told_the_boundaries():
+    """What transformers' flash attention reads; it runs on GPUs only, so not here."""
+    model = tiny_qwen2(1)
+    inputs = Inputs(torch.ones(1, 6), torch.ones(1, 6).bool(), torch.ones(1, 6), Packing.of([3, 3]))
+    assert "cu_seq_lens_q" not in inputs.arguments(model)
+    model.config._attn_implementation = "flash_attention_2"
+    told = inputs.arguments(model)
+    assert told["attention_mask"] is None
+    assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 6]
+    assert told["max_length_q"] == told["max_length_k"] == 3
+
+
+def test_models_that_would_mix_sequences_are_refused():
+    # Falcon's masks are made without its position ids.
+    shape = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61}
+    model = random_model(FalconForCausalLM, FalconConfig(**shape), 1)
+    message = "FalconForCausalLM with pair.attn_implementation='sdpa' lets packed sequences see"
+    with pytest.raises(UserError, match=message):
+        check_packing(model)
+    decoder_parts(model).decoder.forward = lambda input_ids, attention_mask, use_cache: None
+    with pytest.raises(UserError, match="FalconForCausalLM takes no position ids .*cannot be pack"):
+        check_packing(model)
