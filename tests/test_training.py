@@ -1,6 +1,5 @@
 """The loop, its state on disk and its logs, in one process."""
 
-import errno
 import json
 import math
 import os
@@ -187,7 +186,7 @@ def test_interrupted_runs_resume_bitwise(pair, unbroken, tmp_path, monkeypatch, 
         log.write(json.dumps({"step": step + 1, "split": "train", "loss": 0}) + '\n{"step": 3, "sp')
     unfinished = tmp_path / "run" / "checkpoints" / ".step_000012.tmp"
     unfinished.mkdir()
-    (unfinished / "optimizer.safetensors").write_bytes(b"some of it")
+    (unfinished / "feature_ages.safetensors").write_bytes(b"some of it")
     result = start(pair, tmp_path / "run", *options, "run.resume_from_checkpoint=latest")
     assert not unfinished.exists()
     assert not result.interrupted and result.step == 20
@@ -234,47 +233,6 @@ def test_a_checkpoint_of_another_run_is_refused(pair, unbroken, override, messag
     with pytest.raises(UserError, match=message):
         start(pair, unbroken, *overrides)
     assert sorted(unbroken.rglob("*")) == before
-
-
-def test_damaged_checkpoints_are_refused(pair, unbroken, tmp_path):
-    for name, content in (
-        ("training_state.json", b'{"step": 3'),
-        ("optimizer.safetensors", b"\x10\0\0\0"),
-        ("feature_ages.safetensors", b""),
-        ("adapter/adapter_model.safetensors", b"foreign"),
-    ):
-        copy = tmp_path / name.replace("/", "_")
-        shutil.copytree(unbroken, copy)
-        (copy / "checkpoints" / "step_000016" / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"{name}: not a (readable|whole)"):
-            start(pair, copy, "run.resume_from_checkpoint=latest")
-
-
-# A full disk
-
-
-@pytest.mark.parametrize("name", ["adapter_model", "optimizer", "feature_ages"])
-def test_a_full_disk_leaves_the_previous_checkpoint_whole(
-    pair, unbroken, tmp_path, monkeypatch, name
-):
-    import safetensors.torch
-
-    write = safetensors.torch.save_file
-
-    def fill(tensors, path, metadata=None):
-        if name in str(path) and "step_000016" in str(path):
-            Path(path).write_bytes(b"some of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(tensors, path, metadata)
-
-    output = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", fill)
-        with pytest.raises(UserError, match="step 16 could not be saved .*No space left on device"):
-            start(pair, output)
-    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step_000008"]
-    start(pair, output, "run.resume_from_checkpoint=latest")
-    assert records(output) == records(unbroken)
 
 
 # What a user can get wrong

@@ -105,13 +105,14 @@ def test_a_step_that_is_not_finite_is_never_applied(
 
     saved = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
     for name, parameter in engine.parameters.items():
-        (key,) = [key for key in saved if name.endswith(key.removeprefix("base_model.model."))]
-        assert torch.equal(parameter, saved[key]), name
-    moments = load_file(checkpoint / "optimizer.safetensors")
+        assert torch.equal(parameter, saved[name]), name
+    moments = load_file(checkpoint / "optimizer" / "part_00000.safetensors")
+    assert moments["step"] == BAD_STEP - 1
     for name, parameter in engine.parameters.items():
         state = engine.optimizer.state[parameter]
         assert state.keys() == {"step", "exp_avg", "exp_avg_sq"} and state["step"] == BAD_STEP - 1
-        assert all(torch.equal(state[key], moments[f"{name}/{key}"]) for key in state), name
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state[key].flatten(), moments[f"{name}/{key}/0"]), name
 
     start(pair, output, f"run.resume_from_checkpoint={checkpoint}")
     for split in ("train", "validation"):

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
-from tca_fast.training.engine import Engine, make_optimizer, trainable
+from tca_fast.training.engine import Engine, make_optimizer, read_optimizer, read_weights, trainable
+from tca_fast.training.optimizer_state import Fragment, write_part
+from tca_fast.training.zero_partitions import fragments, inner_optimizer, write_working_copy
 
-TAG = "deepspeed"
 _FOREIGN_BLOCKS = {
     "optimizer": "the optimizer block of the run configuration",
     "scheduler": "optimizer.learning_rate and optimizer.warmup_ratio of the run configuration",
@@ -191,14 +192,6 @@ class DeepSpeedEngine(Engine):
         self.rank, self.num_ranks, self.device = group.rank, group.num_ranks, group.device
         self.parameters = trainable(objective)
         self.max_grad_norm = config.optimizer.max_grad_norm
-        frozen = {
-            name
-            for name, parameter in objective.named_parameters(remove_duplicate=False)
-            if not parameter.requires_grad
-        }
-        # `exclude_frozen_parameters` misses the second tree's names of shared parameters, so every
-        # checkpoint would hold the target model.
-        objective.register_state_dict_post_hook(_Drop(frozen))
         self.engine, *_ = deepspeed.initialize(
             model=objective,
             optimizer=make_optimizer(list(self.parameters.values()), config.optimizer),
@@ -207,8 +200,6 @@ class DeepSpeedEngine(Engine):
         self._is_finite = torch.ones((), dtype=torch.bool, device=self.device)
         for parameter in self.parameters.values():
             parameter.register_hook(self._watch)
-        # Its scripts that merge shards are of no use: the adapters lie beside, whole.
-        self.engine._copy_recovery_script = lambda save_path: None
         self.stage = int(self.engine.zero_optimization_stage())
         self.name = f"deepspeed stage={self.stage} ranks={self.num_ranks}"
 
@@ -276,7 +267,11 @@ class DeepSpeedEngine(Engine):
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Gather partitioned adapters (ZeRO-3); free for the other stages."""
+        """Gather partitioned adapters (ZeRO-3), or show the masters of bfloat16 ones."""
+        if self.engine.bfloat16_enabled():
+            with self._masters():
+                yield
+            return
         if self.stage < 3:
             yield
             return
@@ -285,40 +280,46 @@ class DeepSpeedEngine(Engine):
         with deepspeed.zero.GatheredParameters(list(self.parameters.values())):
             yield
 
-    def save_state(self, directory: Path) -> None:
-        """Write DeepSpeed's shards of parameters and moments.
+    @contextlib.contextmanager
+    def _masters(self) -> Iterator[None]:
+        """Float32 masters stand in for the bfloat16 adapters on rank 0, in host memory."""
+        from deepspeed.utils import safe_get_full_fp32_param
 
-        Raises:
-            UserError: on the ranks whose shards cannot be written or read back.
-        """
-        with _reported_later(self.engine.checkpoint_engine) as failures:
-            self.engine.save_checkpoint(
-                str(directory), tag=TAG, save_latest=False, exclude_frozen_parameters=True
-            )
-        if failures:
-            raise UserError(failures[0])
+        working = {}
+        try:
+            for name, parameter in self.parameters.items():
+                master = safe_get_full_fp32_param(parameter)
+                if self.rank == 0:
+                    working[name] = parameter.data
+                    parameter.data = master.cpu()
+            yield
+        finally:
+            for name, data in working.items():
+                self.parameters[name].data = data
+
+    def save_state(self, directory: Path) -> None:
+        """Write the moments that this rank keeps; see `Engine.save_state`."""
+        own = self._fragments() if self.stage or self.rank == 0 else []
+        if own:
+            write_part(directory, self.rank, inner_optimizer(self.engine), own)
 
     def load_state(self, directory: Path) -> None:
-        """Read the shards back, bit-exact.
+        """Read what this rank keeps; see `Engine.load_state`."""
+        shapes = {
+            name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for name, parameter in self.parameters.items()
+        }
+        own = {fragment.parameter: fragment for fragment in self._fragments()}
+        with torch.no_grad():
+            for name, weights in read_weights(directory, shapes):
+                write_working_copy(self.parameters[name], weights)
+                if fragment := own.get(name):
+                    end = fragment.offset + fragment.weights.numel()
+                    fragment.weights.copy_(weights.view(-1)[fragment.offset : end])
+        read_optimizer(directory, shapes, inner_optimizer(self.engine), list(own.values()))
 
-        DeepSpeed pickles them: resume only from checkpoints of one's own. What is meant to be
-        passed on is `adapter/` beside them.
-
-        Raises:
-            UserError: they are missing or damaged.
-        """
-        try:
-            loaded, _ = self.engine.load_checkpoint(
-                str(directory), tag=TAG, load_module_strict=False, load_lr_scheduler_states=False
-            )
-        except (OSError, RuntimeError, EOFError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{directory / TAG}: DeepSpeed cannot read its shards ({reason}); resume from "
-                "another checkpoint"
-            ) from None
-        if loaded is None:
-            raise UserError(f"{directory / TAG}: no shards there; resume from another checkpoint")
+    def _fragments(self) -> list[Fragment]:
+        return fragments(self.engine, self.parameters, self.rank)
 
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers; the process group serves further runs."""
@@ -328,41 +329,3 @@ class DeepSpeedEngine(Engine):
 def _check_norm(norm: Tensor) -> None:
     if not norm.isfinite():
         raise FloatingPointError(f"the gradient norm is {float(norm)}")
-
-
-@contextlib.contextmanager
-def _reported_later(writer: Any) -> Iterator[list[str]]:
-    """Collect what DeepSpeed's checkpoint writer fails to write instead of letting it raise.
-
-    A rank that left `save_checkpoint` half-way would leave the others waiting at its barriers.
-    Every shard is opened again after it was written.
-    """
-    failures: list[str] = []
-    save = writer.save
-
-    def save_and_check(state_dict: Any, path: str) -> None:
-        try:
-            save(state_dict, path)
-            torch.load(path, map_location="cpu", weights_only=False, mmap=True)
-        except (OSError, RuntimeError, EOFError) as error:
-            reason = " ".join(str(error).split())[:160]
-            failures.append(f"{path}: cannot be written whole ({reason}); free some space")
-
-    writer.save = save_and_check
-    try:
-        yield failures
-    finally:
-        del writer.save
-
-
-class _Drop:
-    """State-dict hook that leaves the named tensors out."""
-
-    def __init__(self, names: set[str]) -> None:
-        self.names = names
-
-    def __call__(
-        self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: object
-    ) -> None:
-        for name in self.names:
-            state.pop(prefix + name, None)

@@ -8,8 +8,9 @@ gives the gradient of the global batch.
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 
 from tca_fast.config import OptimizerConfig
 from tca_fast.errors import UserError
-from tca_fast.training.state import ADAPTER_NAME, read_tensor_file, write_tensor_file
+from tca_fast.formats.tensor_files import Header, read_headers, read_tensor
+from tca_fast.training.manifest import read_manifest
+from tca_fast.training.optimizer_state import Fragment, is_part, read_parts, write_part
 
-OPTIMIZER_NAME = "optimizer.safetensors"
+ADAPTER_FILE = "adapter/adapter_model.safetensors"
 
 
 class Engine(ABC):
@@ -29,13 +32,16 @@ class Engine(ABC):
     Attributes:
         rank, num_ranks: of data parallelism.
         device: where batches go.
-        name: recorded in checkpoints; only an engine of the same name resumes them.
+        name: recorded in checkpoints; losses after a resume are bitwise those of an unbroken run
+            under the same name, and within rounding under any other.
+        parameters: what is trained, by the names of the adapter file.
     """
 
     rank: int = 0
     num_ranks: int = 1
     device: torch.device
     name: str
+    parameters: dict[str, nn.Parameter]
 
     @abstractmethod
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -64,11 +70,21 @@ class Engine(ABC):
 
     @abstractmethod
     def save_state(self, directory: Path) -> None:
-        """Write what `load_state` needs beside the adapters; called on every rank."""
+        """Write this rank's part of the optimizer; called on every rank.
+
+        Raises:
+            UserError: on the ranks whose part cannot be written or read back.
+        """
 
     @abstractmethod
     def load_state(self, directory: Path) -> None:
-        """Restore parameters and optimizer from a checkpoint; called on every rank."""
+        """Restore parameters and optimizer, bit-exact, whatever engine wrote them.
+
+        Called on every rank.
+
+        Raises:
+            UserError: files missing, damaged, or not of these adapters.
+        """
 
     def sum_counts(self, counts: Sequence[int]) -> list[int]:
         """Sums over ranks of integers that the host knows."""
@@ -88,7 +104,7 @@ class Engine(ABC):
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Adapter parameters are whole on rank 0 inside the block."""
+        """Adapter parameters are whole and in float32 on rank 0 inside the block."""
         yield
 
     def close(self) -> None:  # noqa: B027  (most engines hold nothing open)
@@ -96,8 +112,54 @@ class Engine(ABC):
 
 
 def trainable(objective: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by qualified name."""
-    return {name: p for name, p in objective.named_parameters() if p.requires_grad}
+    """The parameters that are trained, by their names in the adapter file.
+
+    The objective holds the adapted model under a name of its own.
+    """
+    return {
+        f"base_model.model.{name.partition('.')[2]}": parameter
+        for name, parameter in objective.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def read_weights(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The adapters of a checkpoint one by one, after all names, shapes and dtypes were compared.
+
+    Raises:
+        UserError: the file is unreadable or not of these adapters.
+    """
+    path = directory / ADAPTER_FILE
+    found = read_headers(path)
+    expected = {name: Header(shape, "F32") for name, shape in shapes.items()}
+    wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    if wrong:
+        raise UserError(
+            f"{path}: {wrong[0]} is not as this run has it (there {found.get(wrong[0])}, here "
+            f"{expected.get(wrong[0])}); resume from a checkpoint of these adapters"
+        )
+    for name in shapes:
+        yield name, read_tensor(path, name)
+
+
+def read_optimizer(
+    directory: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    optimizer: torch.optim.Optimizer,
+    fragments: Sequence[Fragment],
+) -> None:
+    """Fill a rank's optimizer from a checkpoint.
+
+    Raises:
+        UserError: the parts are unreadable or not of these adapters.
+    """
+    parts = [directory / name for name in sorted(read_manifest(directory)) if is_part(name)]
+    if not parts:
+        raise UserError(f"{directory}: holds no optimizer state; resume from another checkpoint")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    read_parts(parts, sizes, optimizer, fragments)
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -154,38 +216,19 @@ class LocalEngine(Engine):
         return norm
 
     def save_state(self, directory: Path) -> None:
-        """Write AdamW's moments and step counts; the parameters are in `adapter/`."""
-        tensors = {
-            f"{name}/{key}": value
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
-        }
-        write_tensor_file(directory, OPTIMIZER_NAME, tensors)
+        """Write AdamW's moments; the parameters are in `adapter/`."""
+        write_part(directory, self.rank, self.optimizer, self._fragments())
 
     def load_state(self, directory: Path) -> None:
-        """Read parameters and moments back, bit-exact.
+        """Read parameters and moments back; see `Engine.load_state`."""
+        shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
+        with torch.no_grad():
+            for name, weights in read_weights(directory, shapes):
+                self.parameters[name].copy_(weights)
+        read_optimizer(directory, shapes, self.optimizer, self._fragments())
 
-        Raises:
-            UserError: files missing, damaged, or not of these adapters.
-        """
-        weights_path = directory / ADAPTER_NAME / "adapter_model.safetensors"
-        moments_path = directory / OPTIMIZER_NAME
-        weights, moments = read_tensor_file(weights_path), read_tensor_file(moments_path)
-        for name, parameter in self.parameters.items():
-            # The artefact names a tensor after its place in the adapted model, of which the
-            # objective holds a longer qualified name.
-            key = next((key for key in weights if name.endswith(key.split(".", 2)[2])), None)
-            if key is None or weights[key].shape != parameter.shape:
-                raise UserError(
-                    f"{weights_path}: no tensor fits {name} {list(parameter.shape)}; resume from a "
-                    "checkpoint of these adapters"
-                )
-            with torch.no_grad():
-                parameter.copy_(weights[key])
-            state = {
-                key.rpartition("/")[2]: value.to(parameter.device)
-                for key, value in moments.items()
-                if key.rpartition("/")[0] == name
-            }
-            if state:
-                self.optimizer.state[parameter] = state
+    def _fragments(self) -> list[Fragment]:
+        return [
+            Fragment(name, 0, parameter.detach().view(-1), parameter, 0)
+            for name, parameter in self.parameters.items()
+        ]

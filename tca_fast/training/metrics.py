@@ -19,9 +19,9 @@ from torch import Tensor
 from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
 from tca_fast.training.batches import BatchPlan
+from tca_fast.training.checkpoints import checkpoints
 from tca_fast.training.data import Corpus
 from tca_fast.training.logs import RunLog
-from tca_fast.training.state import checkpoints
 
 
 class Moment:

@@ -26,19 +26,18 @@ from tca_fast.training.batches import (
     make_step_batch,
     step_batches,
 )
+from tca_fast.training.checkpoints import (
+    candidates,
+    checkpoints,
+    clear_unfinished,
+    newest_whole,
+    set_aside,
+    set_aside_later,
+)
 from tca_fast.training.data import Corpus, Encoded, Encoder, open_corpus
 from tca_fast.training.engine import Engine, LocalEngine
 from tca_fast.training.logs import RunLog
-from tca_fast.training.state import (
-    Progress,
-    checkpoints,
-    clear_unfinished,
-    find_checkpoint,
-    load_ages,
-    read_progress,
-    set_aside_later,
-    together,
-)
+from tca_fast.training.state import Progress, load_ages, read_progress, together
 from tca_fast.training.trainer import Trainer, TrainResult
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def train(
     if config.run.resume_from_checkpoint is None:
         _refuse_used(output_dir)
     else:
-        find_checkpoint(config.run.resume_from_checkpoint, output_dir)
+        candidates(config.run.resume_from_checkpoint, output_dir)
     group = None
     if deepspeed is not None:
         from tca_fast.training.deepspeed_engine import DeepSpeedEngine, DeepSpeedGroup
@@ -89,10 +88,12 @@ def train(
     else:
         engine = LocalEngine(objective, config.optimizer, device)
     ages = FeatureAges(streams.num_layers, config.adapter.num_features).to(device)
-    progress = _begin(config, engine, data, ages)
+    progress, notes = _begin(config, engine, data, ages)
     with together(engine):
         log = _open_log(config, progress, engine, show_progress)
     try:
+        for note in notes:
+            log.note(note)
         _note_skipped(data.corpora, log)
         validation = _validation_batch(config, data, engine)
         trainer = Trainer(
@@ -193,30 +194,44 @@ def _provenance(config: TrainConfig, streams: Streams) -> Provenance:
     )
 
 
-def _begin(config: TrainConfig, engine: Engine, data: _Data, ages: FeatureAges) -> Progress:
-    """Where the run stands: at its beginning, or where its checkpoint left off."""
+def _begin(
+    config: TrainConfig, engine: Engine, data: _Data, ages: FeatureAges
+) -> tuple[Progress, list[str]]:
+    """Where the run stands, at its beginning or where a checkpoint left off; what to tell of it."""
     run, output_dir = config.run, Path(config.run.output_dir)
     digest = data.corpora["train"].digest
     total_steps = data.plan.total_steps(run.num_epochs, run.max_steps)
+    notes: list[str] = []
+    skipped: dict[Path, str] = {}
     if run.resume_from_checkpoint is None:
         run_id = engine.gather_text(uuid.uuid4().hex[:12])[0]
         progress = Progress(0, total_steps, digest, 0, 0, run_id, engine.name)
     else:
-        checkpoint = find_checkpoint(run.resume_from_checkpoint, output_dir)
+        checkpoint, skipped = newest_whole(run.resume_from_checkpoint, output_dir, engine)
         with together(engine):
-            progress = read_progress(checkpoint, config, digest, engine.name)
+            progress = read_progress(checkpoint, config, digest)
             load_ages(checkpoint, ages)
         with together(engine):
             engine.load_state(checkpoint)
+        notes.append(f"resumed from {checkpoint} after {progress.step} steps")
+        if progress.engine != engine.name:
+            notes.append(
+                f"it was made by {progress.engine!r}, this run has {engine.name!r}: losses go on "
+                "as they would have there up to rounding, not bitwise"
+            )
+            progress.engine = engine.name
     progress.total_steps = total_steps
     with together(engine):
         if engine.rank == 0:
             clear_unfinished(output_dir)
+            for path, reason in skipped.items():
+                moved = set_aside(path, "damaged")
+                notes.append(f"skipped {path.name}, now {moved.name}: {reason}")
             set_aside_later(output_dir, progress.step)
             with Replacement(output_dir) as files:
                 files.write(CONFIG_NAME, lambda path: dump_config(config, path))
                 files.commit()
-    return progress
+    return progress, notes
 
 
 def _refuse_used(output_dir: Path) -> None:

@@ -5,35 +5,36 @@
       log.jsonl                   one line per logged step or validation
       adapter/                    the trained adapters, once training is done
       checkpoints/step_000123/    a resumable state after 123 optimizer steps
+        manifest.json             size and SHA-256 digest of every file below
         training_state.json       position, counts, seed and the configuration it belongs to
         feature_ages.safetensors  int64 [L, F], real tokens since each feature last fired
-        adapter/                  the adapters, loadable on their own
-        optimizer.safetensors     AdamW moments, or deepspeed/ with DeepSpeed's own shards
+        adapter/                  the adapters in float32, loadable on their own
+        optimizer/part_*          AdamW moments, one part from every rank
 
-A checkpoint is written under a temporary name, flushed, read back and renamed, so a directory
-called `step_*` is always whole. Data order and cutoffs are functions of (seed, step), so no
-generator needs saving.
+A checkpoint is written under a temporary name beside the earlier ones, flushed, read back from the
+disk, and only then renamed. Any engine with any number of ranks resumes from it. Data order and
+cutoffs are functions of (seed, step), so no generator needs saving. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from tca_fast.checkpoint import Provenance
 from tca_fast.config import TrainConfig
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
+from tca_fast.formats.tensor_files import Entry, Header, read_headers, read_tensor, write_tensors
 from tca_fast.sparsity import FeatureAges
+from tca_fast.training.checkpoints import flush_tree, move_into_place, remove_old
+from tca_fast.training.manifest import file_record, write_manifest
+from tca_fast.training.optimizer_state import is_part, part_name
 
 if TYPE_CHECKING:
     from tca_fast.attachment import AdaptedModel
@@ -42,9 +43,8 @@ if TYPE_CHECKING:
 STATE_NAME = "training_state.json"
 AGES_NAME = "feature_ages.safetensors"
 ADAPTER_NAME = "adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-_STEP_NAME = re.compile(r"step_(\d{6,})")
 # Fields that change what the remaining steps compute; the others (paths, logging, learning rate,
 # more epochs) are the user's to change between runs.
 _FIXED_BLOCKS = ("pair", "adapter")
@@ -82,57 +82,8 @@ class Progress:
     engine: str
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints of a run, oldest first."""
-    directory = output_dir / "checkpoints"
-    if not directory.is_dir():
-        return []
-    whole = [path for path in directory.iterdir() if _STEP_NAME.fullmatch(path.name)]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
-
-
-def find_checkpoint(name: str, output_dir: Path) -> Path:
-    """The checkpoint that `run.resume_from_checkpoint` means.
-
-    Raises:
-        UserError: there is none.
-    """
-    if name == "latest":
-        whole = checkpoints(output_dir)
-        if not whole:
-            raise UserError(
-                f"run.resume_from_checkpoint: 'latest', but {output_dir / 'checkpoints'} holds no "
-                "checkpoint; leave the field out to start afresh"
-            )
-        return whole[-1]
-    path = Path(name)
-    if not (path / STATE_NAME).is_file():
-        raise UserError(
-            f"run.resume_from_checkpoint: {name} is not a checkpoint (no {STATE_NAME} in it); give "
-            "a directory such as checkpoints/step_000100, or 'latest'"
-        )
-    return path
-
-
-def clear_unfinished(output_dir: Path) -> None:
-    """Remove what a killed job left of a checkpoint it was writing."""
-    for path in (output_dir / "checkpoints").glob(".step_*.tmp"):
-        shutil.rmtree(path)
-
-
-def set_aside_later(output_dir: Path, step: int) -> None:
-    """Rename checkpoints of steps after `step`, which are about to be trained again.
-
-    Their weights belong to another continuation than the one that starts now: they must not be
-    taken for its "latest", nor push its own out of `run.save_total_limit`.
-    """
-    for path in checkpoints(output_dir):
-        if int(path.name.removeprefix("step_")) > step:
-            name, number = f"superseded_{path.name}", 1
-            while path.with_name(name).exists():
-                number += 1
-                name = f"superseded_{path.name}_{number}"
-            path.rename(path.with_name(name))
+class NotSaved(UserError):
+    """A checkpoint could not be written; nothing of it is left and earlier ones are untouched."""
 
 
 def save_checkpoint(
@@ -149,7 +100,7 @@ def save_checkpoint(
     Older checkpoints beyond `run.save_total_limit` are removed afterwards.
 
     Raises:
-        UserError: on every rank, when it cannot be written (full disk, no permission). Nothing of
+        NotSaved: on every rank, when it cannot be written (full disk, no permission). Nothing of
             it is left then, and earlier checkpoints are untouched.
     """
     directory = output_dir / "checkpoints"
@@ -157,21 +108,36 @@ def save_checkpoint(
     temporary = directory / f".{final.name}.tmp"
     with _saving(engine, temporary, progress.step):
         if engine.rank == 0:
-            _clear(temporary)
-            with Replacement(temporary) as files:
-                files.write(AGES_NAME, lambda path: _write_tensors(path, {"tokens": ages.tokens}))
-                files.commit()
-    with _saving(engine, temporary, progress.step):
-        engine.save_state(temporary)
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            _write_ages(temporary, ages)
+            _write_state(temporary, config, progress)
     with _saving(engine, temporary, progress.step), engine.gathered():
         if engine.rank == 0:
             adapted.save_pretrained(temporary / ADAPTER_NAME, provenance)
-            _write_state(temporary, config, progress)
+    records = {}
+    with _saving(engine, temporary, progress.step):
+        engine.save_state(temporary)
+        records = _records(temporary, engine.rank)
+    of_all_ranks = engine.gather_text(json.dumps(records))
+    with _saving(engine, temporary, progress.step):
+        if engine.rank == 0:
+            texts = map(json.loads, of_all_ranks)
+            write_manifest(temporary, {name: r for text in texts for name, r in text.items()})
             flush_tree(temporary)
-            _replace_directory(temporary, final)
-            for old in checkpoints(output_dir)[: -config.run.save_total_limit]:
-                shutil.rmtree(old)
+            move_into_place(temporary, final)
+            remove_old(output_dir, config.run.save_total_limit)
     return final
+
+
+def _records(temporary: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Records of the files that this rank has written."""
+    own = temporary / part_name(rank)
+    paths = [own] if own.exists() else []
+    if rank == 0:
+        names = (path for path in sorted(temporary.rglob("*")) if path.is_file())
+        paths += [p for p in names if not is_part(p.relative_to(temporary).as_posix())]
+    return {path.relative_to(temporary).as_posix(): file_record(path) for path in paths}
 
 
 def save_adapter(
@@ -209,9 +175,9 @@ def _saving(engine: Engine, temporary: Path, step: int) -> Iterator[None]:
     except UserError as error:
         if engine.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"checkpoint: step {step} could not be saved ({error}); earlier checkpoints are whole: "
-            "make room, then resume with run.resume_from_checkpoint=latest"
+        raise NotSaved(
+            f"checkpoint: step {step} could not be saved ({error}); earlier checkpoints are "
+            "untouched: make room, then resume with run.resume_from_checkpoint=latest"
         ) from None
 
 
@@ -233,114 +199,53 @@ def _write_json(path: Path, record: dict[str, Any]) -> None:
         raise UserError(f"{path}: reads back otherwise than written; check the disk")
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file and compare what it reads back."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    written = load_file(path)
-    if written.keys() != tensors.keys() or any(
-        written[name].shape != tensor.shape or written[name].dtype != tensor.dtype
-        for name, tensor in tensors.items()
-    ):
-        raise UserError(f"{path}: reads back otherwise than written; check the disk")
-
-
-def write_tensor_file(directory: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors as `directory/name` in safetensors, read back before they replace the old.
-
-    Raises:
-        UserError: the file cannot be written or reads back otherwise.
-    """
-    with Replacement(directory) as files:
-        files.write(name, lambda path: _write_tensors(path, tensors))
+def _write_ages(temporary: Path, ages: FeatureAges) -> None:
+    entry = Entry("tokens", Header(tuple(ages.tokens.shape), "I64"), lambda: ages.tokens)
+    with Replacement(temporary) as files:
+        files.write(AGES_NAME, lambda path: write_tensors(path, [entry]))
         files.commit()
 
 
-def read_tensor_file(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file of a checkpoint.
-
-    Raises:
-        UserError: missing, truncated or foreign.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: not a whole safetensors file ({error}); resume from another checkpoint"
-        ) from None
-
-
-def flush_tree(directory: Path) -> None:
-    """Flush every file and directory below `directory` to the disk."""
-    for root, _, names in os.walk(directory):
-        for path in (*(Path(root) / name for name in names), Path(root)):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _replace_directory(temporary: Path, final: Path) -> None:
-    """Rename into place; a checkpoint of the same step (a step trained again) gives way."""
-    if final.exists():
-        stale = final.with_name(f".{final.name}.old.tmp")
-        _clear(stale)
-        final.rename(stale)
-        temporary.rename(final)
-        shutil.rmtree(stale)
-    else:
-        temporary.rename(final)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _clear(path: Path) -> None:
-    if path.exists():
-        shutil.rmtree(path)
-
-
-def read_progress(checkpoint: Path, config: TrainConfig, data_digest: str, engine: str) -> Progress:
+def read_progress(checkpoint: Path, config: TrainConfig, data_digest: str) -> Progress:
     """Read where a checkpoint stands, after checking that it belongs to this run.
 
     Raises:
-        UserError: unreadable, of a newer format, or of another pair, adapter shape, data or
-            engine; the message names the field and both values.
+        UserError: unreadable, of another format, or of another pair, adapter shape or data; the
+            message names the field and both values.
     """
     path = checkpoint / STATE_NAME
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         saved = record["config"]
-        if record["format_version"] > FORMAT_VERSION:
+        if record["format_version"] != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format_version {record['format_version']} is newer than "
-                f"{FORMAT_VERSION}; upgrade tca_fast"
+                f"{path}: format_version is {record['format_version']!r}, this tca_fast reads "
+                f"{FORMAT_VERSION}; resume with the version that wrote it"
             )
-        progress = Progress(**{name: record[name] for name in Progress.__dataclass_fields__})
+        progress = _progress(record)
         for field, theirs, ours in _fixed_fields(saved, config.model_dump(mode="json")):
             if theirs != ours:
                 raise _mismatch(checkpoint, field, theirs, ours)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: not a readable training state ({error}); resume from another checkpoint"
         ) from None
-    for field, theirs, ours in (
-        ("data.train: contents (sha256)", progress.data_digest, data_digest),
-        ("engine", progress.engine, engine),
-    ):
-        if theirs != ours:
-            raise _mismatch(checkpoint, field, theirs, ours)
+    if progress.data_digest != data_digest:
+        field = "data.train: contents (sha256)"
+        raise _mismatch(checkpoint, field, progress.data_digest, data_digest)
     return progress
+
+
+def _progress(record: dict[str, Any]) -> Progress:
+    values = {field.name: record[field.name] for field in fields(Progress)}
+    for field in fields(Progress):
+        value = values[field.name]
+        fits = isinstance(value, str) if field.type == "str" else type(value) is int and value >= 0
+        if not fits:
+            raise ValueError(f"{field.name} is {value!r}")
+    return Progress(**values)
 
 
 def _fixed_fields(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
@@ -366,7 +271,6 @@ def load_ages(checkpoint: Path, ages: FeatureAges) -> None:
         UserError: missing or of another shape.
     """
     path = checkpoint / AGES_NAME
-    tokens = read_tensor_file(path).get("tokens")
-    if tokens is None or tokens.shape != ages.tokens.shape:
+    if read_headers(path) != {"tokens": Header(tuple(ages.tokens.shape), "I64")}:
         raise UserError(f"{path}: does not hold the counters of this run; use another checkpoint")
-    ages.tokens.copy_(tokens)
+    ages.tokens.copy_(read_tensor(path, "tokens"))

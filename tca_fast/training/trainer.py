@@ -17,13 +17,14 @@ from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
 from tca_fast.sparsity import FeatureAges
 from tca_fast.training.batches import BatchPlan, MicroBatch, StepBatch, to_device
+from tca_fast.training.checkpoints import step_of
 from tca_fast.training.data import Corpus
 from tca_fast.training.engine import Engine
 from tca_fast.training.interrupt import StopRequest
 from tca_fast.training.logs import RunLog
 from tca_fast.training.metrics import Moment, QueuedStep, StepMetrics, to_host
 from tca_fast.training.schedule import learning_rate, warmup_steps
-from tca_fast.training.state import Progress, save_adapter, save_checkpoint
+from tca_fast.training.state import NotSaved, Progress, save_adapter, save_checkpoint
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Trainer:
                 self.metrics.settle()
             # Asked of every rank together, so that none leaves while the others go on.
             interrupted = self.progress.step < self.progress.total_steps
-            if interrupted:
+            if interrupted and not self._is_saved():
                 self._save()
         adapter = None if interrupted else self.output_dir / "adapter"
         if adapter is not None:
@@ -238,7 +239,7 @@ class Trainer:
         if run.eval_steps and self.validation and (step % run.eval_steps == 0 or is_end):
             self._validate(self.validation)
         if run.save_steps and step % run.save_steps == 0:
-            self._save()
+            self._try_to_save()
 
     def _validate(self, batch: StepBatch) -> None:
         """Log the objective and its terms on the validation sequences; nothing else changes.
@@ -256,6 +257,20 @@ class Trainer:
             sums = self._accumulate(batch.micro_batches, cutoffs, counts, backward=False)
         figures = dict(zip(sums.names, sums.values.tolist(), strict=True))
         self.log.log("validation", self.progress.step, figures)
+
+    def _try_to_save(self) -> None:
+        """Save, or say why not and go on.
+
+        Stopping would lose every step since the last checkpoint for certain; going on loses them
+        only if the disk stays full until the run is stopped. The next checkpoint tries again.
+        """
+        try:
+            self._save()
+        except NotSaved as error:
+            self.log.note(f"warning: {error}. Training goes on")
+
+    def _is_saved(self) -> bool:
+        return self.saved is not None and step_of(self.saved) == self.progress.step
 
     def _save(self) -> None:
         # Not before the step is known to be finite.
