@@ -40,6 +40,12 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
 PEFT_TYPE = "TRANSCODER_ADAPTER"
+# As it stands in a file. PEFT looks the type up in its table of methods and, where it is not there,
+# raises KeyError with this text and nothing else, so the remedy has to be part of it.
+PEFT_TYPE_IN_FILES = (
+    f"{PEFT_TYPE} (install tca_fast, then import tca_fast.integrations.peft before loading with "
+    "PEFT; or load with tca_fast.load)"
+)
 FORMAT_VERSION = 1
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -118,7 +124,14 @@ def save_pretrained(
         for index, adapter in enumerate(adapted.layers)
         for name, parameter in adapter.named_parameters()
     }
-    config = _config_json(adapted, provenance)
+    info = CheckpointInfo(
+        adapted.config,
+        provenance,
+        num_layers=len(adapted.layers),
+        hidden_size=adapted.layers[0].W_enc.shape[1],
+        dtype=str(adapted.layers[0].W_enc.dtype).removeprefix("torch."),
+    )
+    config = adapter_config_json(info, target_modules(layers_name))
     card = model_card(adapted, provenance)
     with Replacement(directory) as files:
         files.write(WEIGHTS_NAME, lambda path: _write_tensors(path, tensors))
@@ -157,9 +170,9 @@ def load(
     """
     directory = local_directory(directory, revision)
     info = read_adapter_config(directory)
-    _check_shape(model, info, directory)
+    check_shape(model, info, directory)
     if check_model:
-        _check_fingerprint(model, info, directory)
+        check_fingerprint(fingerprint(model), info, directory, "pass check_model=False")
     layers = _read_layers(directory / WEIGHTS_NAME, info)
     adapted = attach(model, info.adapter, dtype=getattr(torch, info.dtype))
     with torch.no_grad():
@@ -184,45 +197,68 @@ def read_adapter_config(directory: str | Path) -> CheckpointInfo:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
-    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE:
+    if not isinstance(config, dict) or config.get("peft_type") not in (
+        PEFT_TYPE,
+        PEFT_TYPE_IN_FILES,
+    ):
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise UserError(
             f"{path}: peft_type is {found!r}, not {PEFT_TYPE!r}; give a tca_fast adapter"
         )
-    version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format_version {version!r} is newer than {FORMAT_VERSION}, the newest that "
-            "this tca_fast reads; upgrade tca_fast"
-        )
-    return _parse_config(config, path)
+    return parse_adapter_config(config, path)
 
 
-def _config_json(adapted: AdaptedModel, provenance: Provenance) -> str:
-    names = asdict(provenance)
-    backbone = provenance.backbone
-    layers_name = decoder_parts(adapted.model).layers_name
+def adapter_config_json(info: CheckpointInfo, targets: str) -> str:
+    """The text of `adapter_config.json`.
+
+    Args:
+        info: what it shall say.
+        targets: which modules have adapters beside them, see `target_modules`.
+    """
+    names = asdict(info.provenance)
+    backbone = info.provenance.backbone
     config = {
-        "peft_type": PEFT_TYPE,
+        "peft_type": PEFT_TYPE_IN_FILES,
         "task_type": "CAUSAL_LM",
         "auto_mapping": None,
         "base_model_name_or_path": names[backbone],
         "revision": names[f"{backbone}_revision"],
-        "target_modules": rf"{re.escape(layers_name)}\.\d+\.{MLP_NAME}",
+        "target_modules": targets,
         "inference_mode": True,
         **names,
-        **adapted.config.model_dump(mode="json"),
-        "num_layers": len(adapted.layers),
-        "hidden_size": adapted.layers[0].W_enc.shape[1],
-        "dtype": str(adapted.layers[0].W_enc.dtype).removeprefix("torch."),
+        **info.adapter.model_dump(mode="json"),
+        "num_layers": info.num_layers,
+        "hidden_size": info.hidden_size,
+        "dtype": info.dtype,
         "format_version": FORMAT_VERSION,
         "tca_fast_version": metadata.version("tca_fast"),
     }
     return json.dumps(config, indent=2) + "\n"
 
 
-def _parse_config(config: Mapping[str, Any], path: Path) -> CheckpointInfo:
+def target_modules(layers_name: str) -> str:
+    """The MLPs of all decoder layers, as a regular expression that PEFT matches with paths.
+
+    Args:
+        layers_name: dotted path of the decoder layers in the model, for example "model.layers".
+    """
+    return rf"{re.escape(layers_name)}\.\d+\.{MLP_NAME}"
+
+
+def parse_adapter_config(config: Mapping[str, Any], path: Path | str) -> CheckpointInfo:
+    """Check the entries of `adapter_config.json`, read from `path`.
+
+    Raises:
+        UserError: keys missing, values that do not fit, or a format newer than this version.
+    """
     from tca_fast.config import AdapterConfig
+
+    version = config.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version {version!r} is newer than {FORMAT_VERSION}, the newest that "
+            "this tca_fast reads; upgrade tca_fast"
+        )
 
     def get(name: str, kind: type | tuple[type, ...]) -> Any:
         value = config.get(name)
@@ -255,7 +291,12 @@ def _parse_config(config: Mapping[str, Any], path: Path) -> CheckpointInfo:
     )
 
 
-def _check_shape(model: PreTrainedModel, info: CheckpointInfo, directory: Path) -> None:
+def check_shape(model: PreTrainedModel, info: CheckpointInfo, source: str | Path) -> None:
+    """Refuse a model with other layers or another width than the adapters of `source` have.
+
+    Raises:
+        UserError: names what differs and the model to load.
+    """
     parts = decoder_parts(model)
     width = next(parts.final_norm.parameters()).shape[-1]
     for field, saved, found in (
@@ -264,16 +305,27 @@ def _check_shape(model: PreTrainedModel, info: CheckpointInfo, directory: Path) 
     ):
         if saved != found:
             raise UserError(
-                f"{field}: the adapters in {directory} were trained with {saved}, this model has "
+                f"{field}: the adapters in {source} were trained with {saved}, this model has "
                 f"{found}; load {model_to_load(info.provenance)}"
             )
 
 
-def _check_fingerprint(model: PreTrainedModel, info: CheckpointInfo, directory: Path) -> None:
+def check_fingerprint(
+    found: Fingerprint, info: CheckpointInfo, source: str | Path, otherwise: str
+) -> None:
+    """Refuse a model whose weights are not those that the adapters were trained beside.
+
+    Args:
+        found: of the model; nothing is checked where the checkpoint has none to compare it with.
+        info, source: the checkpoint, and where it is.
+        otherwise: how to load it all the same, for the message.
+
+    Raises:
+        UserError: names what differs and the model to load.
+    """
     expected = info.provenance.fingerprint
     if expected is None:
         return
-    found = fingerprint(model)
     differing = [
         f"{what} {theirs} instead of {ours}"
         for what, ours, theirs in (
@@ -285,8 +337,8 @@ def _check_fingerprint(model: PreTrainedModel, info: CheckpointInfo, directory: 
     if differing:
         raise UserError(
             f"model: its fingerprint has {' and '.join(differing)}, so it is not the model the "
-            f"adapters in {directory} were trained beside; load "
-            f"{model_to_load(info.provenance)}, or pass check_model=False if that is meant"
+            f"adapters in {source} were trained beside; load "
+            f"{model_to_load(info.provenance)}, or {otherwise} if that is meant"
         )
 
 

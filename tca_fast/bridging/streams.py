@@ -187,9 +187,32 @@ def load_adapted(
     Raises:
         UserError: the checkpoint or a model cannot be read, names no models, or does not fit.
     """
+    directory = checkpoint.local_directory(directory, revision)
+    model = load_backbone(directory, base=base, target=target, dtype=dtype, device=device)
+    return checkpoint.load(model, directory)
+
+
+def load_backbone(
+    directory: str | Path,
+    *,
+    base: str | None = None,
+    target: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """The model that the adapters of a local checkpoint stand in, still without them.
+
+    With backbone "target" that is the hybrid, the target with the base's MLPs.
+
+    Args:
+        directory: written by `save_pretrained` or a training run.
+        base, target, dtype, device: as in `load_adapted`.
+
+    Raises:
+        UserError: the checkpoint or a model cannot be read, names no models, or does not fit.
+    """
     from tca_fast.config import PairConfig
 
-    directory = checkpoint.local_directory(directory, revision)
     origin = checkpoint.read_adapter_config(directory).provenance
     base, target = base or origin.base, target or origin.target
     if base is None or target is None:
@@ -205,7 +228,7 @@ def load_adapted(
         check_pair(donor.config, model.config, backbone="base")
         _end_like(donor, model)
         model = donor
-    return checkpoint.load(model.eval(), directory)
+    return model.eval()
 
 
 def load_model(

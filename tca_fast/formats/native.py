@@ -8,19 +8,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 from tca_fast.attachment import MLP_NAME
 from tca_fast.checkpoint import (
     CONFIG_NAME,
-    FORMAT_VERSION,
-    PEFT_TYPE,
     WEIGHTS_NAME,
+    adapter_config_json,
     read_adapter_config,
+    target_modules,
 )
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import AdapterSet, Export, Placement, open_adapters
@@ -77,9 +74,10 @@ def export(adapters: AdapterSet) -> Export:
             "the model the adapters belong to is not known by its weights: tca_fast.load cannot "
             "refuse a wrong one"
         )
+    config = adapter_config_json(adapters.info, target_modules(adapters.layers_name))
     return Export(
         lambda layer: _placements(adapters.layers_name, layer, names),
-        {CONFIG_NAME: _config_json(adapters).encode()},
+        {CONFIG_NAME: config.encode()},
         notes,
         {},
     )
@@ -88,26 +86,3 @@ def export(adapters: AdapterSet) -> Export:
 def _placements(layers_name: str, layer: int, names: list[str]) -> list[Placement]:
     prefix = f"base_model.model.{layers_name}.{layer}.{MLP_NAME}.adapter"
     return [Placement(name, WEIGHTS_NAME, f"{prefix}.{name}") for name in names]
-
-
-def _config_json(adapters: AdapterSet) -> str:
-    info = adapters.info
-    names = asdict(info.provenance)
-    backbone = info.provenance.backbone
-    config = {
-        "peft_type": PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
-        "auto_mapping": None,
-        "base_model_name_or_path": names[backbone],
-        "revision": names[f"{backbone}_revision"],
-        "target_modules": rf"{re.escape(adapters.layers_name)}\.\d+\.{MLP_NAME}",
-        "inference_mode": True,
-        **names,
-        **info.adapter.model_dump(mode="json"),
-        "num_layers": info.num_layers,
-        "hidden_size": info.hidden_size,
-        "dtype": info.dtype,
-        "format_version": FORMAT_VERSION,
-        "tca_fast_version": metadata.version("tca_fast"),
-    }
-    return json.dumps(config, indent=2) + "\n"
