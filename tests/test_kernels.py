@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from operator_cases import Case, Floors, cases, dense_features, gradients, raw, weights
 from test_ops_random import adapter_of, check, check_adapter
@@ -57,8 +57,17 @@ def test_adapter_equals_dense_autograd(case):
     check_adapter(case, adapter_of(case))
 
 
+# An MLP output and a decoder bias whose sum lies between two float16 numbers.
+BIAS_BETWEEN = Case(
+    T=12, D=20, F=4, k=1, bias=99.0, hot=True, empty_row=True, integers=False,
+    zero_decoder=False, mask="some", gain=None, decoder_bias=True, density=0.01,
+    layout="column-major", dtype=torch.float16, seed=1,
+)  # fmt: skip
+
+
 @few()
 @given(case=CASES.map(small), room=st.sampled_from([0.0, 0.1, 0.6, 0.99]))
+@example(case=BIAS_BETWEEN, room=0.99)
 def test_an_overflow_drops_nothing(case, room):
     """Every capacity below T·F: what does not fit goes through the predicated dense products."""
     capacity = int(room * case.T * case.F)

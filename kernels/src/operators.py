@@ -205,9 +205,11 @@ def _dense_forward(
     norm = norms(W_dec_FD)
     l1_T = torch.empty(len(z_TF), dtype=norm.dtype, device=z_TF.device)
     dense.activate(z_TF, bits, norm, mask_T, counts, l1_T)
-    base = mlp_out_TD if b_dec_D is None else mlp_out_TD + b_dec_D
     scaled = z_TF if gain_F is None else z_TF * gain_F
-    return torch.addmm(base, scaled, W_dec_FD), l1_T
+    if b_dec_D is None:
+        return torch.addmm(mlp_out_TD, scaled, W_dec_FD), l1_T
+    # The largest term comes last: its sum with the bias alone would be rounded too.
+    return torch.addmm(b_dec_D, scaled, W_dec_FD).add_(mlp_out_TD), l1_T
 
 
 def _features_again(
