@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tca_fast.checkpoint import load
     from tca_fast.config import AdapterConfig
     from tca_fast.errors import UserError
+    from tca_fast.hub.transfer import pull, push
     from tca_fast.ops import ActiveFeatures
 
 __version__ = "0.1.0"
@@ -28,6 +29,8 @@ _HOMES = {
     "detach": "attachment",
     "load": "checkpoint",
     "load_adapted": "bridging.streams",
+    "pull": "hub.transfer",
+    "push": "hub.transfer",
 }
 
 __all__ = [
@@ -41,6 +44,8 @@ __all__ = [
     "detach",
     "load",
     "load_adapted",
+    "pull",
+    "push",
 ]
 
 

@@ -132,7 +132,7 @@ def save_pretrained(
         dtype=str(adapted.layers[0].W_enc.dtype).removeprefix("torch."),
     )
     config = adapter_config_json(info, target_modules(layers_name))
-    card = model_card(adapted, provenance)
+    card = model_card(info)
     with Replacement(directory) as files:
         files.write(WEIGHTS_NAME, lambda path: _write_tensors(path, tensors))
         files.write(CONFIG_NAME, lambda path: _write_text(path, config))

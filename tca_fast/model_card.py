@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tca_fast.attachment import AdaptedModel
-    from tca_fast.checkpoint import Provenance
+    from tca_fast.checkpoint import CheckpointInfo, Provenance
 
 _CARD = """\
 ---
@@ -43,9 +42,9 @@ with adapted.disabled():
 """
 
 
-def model_card(adapted: AdaptedModel, provenance: Provenance) -> str:
+def model_card(info: CheckpointInfo) -> str:
     """Model card in the hub's form: front matter, what was trained, how to load it."""
-    config = adapted.config
+    config, provenance = info.adapter, info.provenance
     base, target = provenance.base or "not recorded", provenance.target or "not recorded"
     hub_id = provenance.target if provenance.backbone == "target" else provenance.base
     front = ["library_name: tca_fast", "tags: [transcoder-adapter, interpretability]"]
@@ -59,9 +58,9 @@ def model_card(adapted: AdaptedModel, provenance: Provenance) -> str:
         target=target,
         target_revision=provenance.target_revision or "default",
         backbone=provenance.backbone,
-        layers=len(adapted.layers),
+        layers=info.num_layers,
         features=config.num_features,
-        width=adapted.layers[0].W_enc.shape[1],
+        width=info.hidden_size,
         activation=activation,
         decoder_bias="yes" if config.decoder_bias else "no",
         model=model_to_load(provenance),

@@ -33,6 +33,7 @@ FLOORS = {
     "evaluation": 4,
     "miniature": 4,
     "integrations": 5,
+    "hub": 5,
     "training": 5,
     "cli": 6,
     "train": 6,

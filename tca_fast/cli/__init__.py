@@ -11,6 +11,7 @@ from tca_fast.cli.bench import bench
 from tca_fast.cli.convert import convert
 from tca_fast.cli.demo import demo
 from tca_fast.cli.env import env
+from tca_fast.cli.hub import pull, push
 from tca_fast.cli.train import train
 from tca_fast.cli.verify import verify
 from tca_fast.errors import UserError
@@ -27,6 +28,8 @@ app.command(help="Train adapters from a YAML configuration.")(train)
 app.command(help="Recompute every quantity of a golden folder and compare.")(verify)
 app.command(help="Versions, devices, and which backend serves each operator.")(env)
 app.command(help="Adapters from one file format to another.")(convert)
+app.command(help="Publish adapters on the hub, with a model card of their run.")(push)
+app.command(help="Fetch adapters from the hub into a directory.")(pull)
 app.add_typer(bench, name="bench")
 
 

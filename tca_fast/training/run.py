@@ -37,6 +37,7 @@ from tca_fast.training.checkpoints import (
 from tca_fast.training.data import Corpus, Encoded, Encoder, open_corpus
 from tca_fast.training.engine import Engine, LocalEngine
 from tca_fast.training.logs import RunLog
+from tca_fast.training.origin import ORIGIN_NAME, write_origin
 from tca_fast.training.state import Progress, load_ages, read_progress, together
 from tca_fast.training.trainer import Trainer, TrainResult
 
@@ -230,6 +231,7 @@ def _begin(
             set_aside_later(output_dir, progress.step)
             with Replacement(output_dir) as files:
                 files.write(CONFIG_NAME, lambda path: dump_config(config, path))
+                files.write(ORIGIN_NAME, lambda path: write_origin(path, data.corpora))
                 files.commit()
     return progress, notes
 
