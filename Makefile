@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.tca_fast
 
-.PHONY: demo test test-long sanitize bench gpu lint clean
+.PHONY: demo test test-long drill sanitize bench gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tca-fast demo
@@ -18,6 +18,12 @@ test: $(INSTALLED) lint
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_ops*.py tests/test_kernels.py -n auto --dist loadgroup \
 		--hypothesis-profile=long --hypothesis-show-statistics
+
+# Training on two ranks is killed, its disk filled and its checkpoints damaged N times; every resume is
+# compared bit for bit. Goes on where it was stopped; the results are in build/drill/summary.json.
+N ?= 200
+drill: $(INSTALLED)
+	$(BIN)/python tests/drill.py --faults $(N) --out build/drill
 
 # The extension compiled with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
 SANITIZED := build/sanitized

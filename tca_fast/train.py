@@ -51,6 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             time.sleep(SECONDS_FOR_RANK_0)
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, style="red")
         return 2
+    except KeyboardInterrupt:
+        if is_main:
+            Console(stderr=True).print("stopped; nothing was saved since the last checkpoint")
+        return INTERRUPTED
     if is_main:
         report(
             result,

@@ -321,6 +321,10 @@ class DeepSpeedEngine(Engine):
     def _fragments(self) -> list[Fragment]:
         return fragments(self.engine, self.parameters, self.rank)
 
+    def is_lost_contact(self, error: RuntimeError) -> bool:
+        """NCCL raises errors of torch.distributed, gloo plain ones that name its source file."""
+        return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
     def close(self) -> None:
         """Drop DeepSpeed's hooks and buffers; the process group serves further runs."""
         self.engine.destroy()

@@ -107,6 +107,10 @@ class Engine(ABC):
         """Adapter parameters are whole and in float32 on rank 0 inside the block."""
         yield
 
+    def is_lost_contact(self, error: RuntimeError) -> bool:
+        """Whether an error says that another rank no longer answers."""
+        return False
+
     def close(self) -> None:  # noqa: B027  (most engines hold nothing open)
         """Give back process groups and buffers."""
 

@@ -110,6 +110,14 @@ def train(
             log,
         )
         return trainer.run(_training_batches(data, engine, progress))
+    except RuntimeError as error:
+        if not engine.is_lost_contact(error):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"rank {engine.rank}: another rank is gone ({reason}); see what that one said last, "
+            "then go on with run.resume_from_checkpoint=latest"
+        ) from None
     finally:
         log.close()
         engine.close()

@@ -34,7 +34,7 @@ from tca_fast.formats.tensor_files import Entry, Header, read_headers, read_tens
 from tca_fast.sparsity import FeatureAges
 from tca_fast.training.checkpoints import flush_tree, move_into_place, remove_old
 from tca_fast.training.manifest import file_record, write_manifest
-from tca_fast.training.optimizer_state import is_part, part_name
+from tca_fast.training.optimizer_state import part_name
 
 if TYPE_CHECKING:
     from tca_fast.attachment import AdaptedModel
@@ -131,12 +131,12 @@ def save_checkpoint(
 
 
 def _records(temporary: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Records of the files that this rank has written."""
+    """Records of the files that this rank has written; the others may still be at theirs."""
     own = temporary / part_name(rank)
     paths = [own] if own.exists() else []
     if rank == 0:
-        names = (path for path in sorted(temporary.rglob("*")) if path.is_file())
-        paths += [p for p in names if not is_part(p.relative_to(temporary).as_posix())]
+        files = (path for path in sorted(temporary.rglob("*")) if path.is_file())
+        paths += [path for path in files if path.parent != own.parent]
     return {path.relative_to(temporary).as_posix(): file_record(path) for path in paths}
 
 
