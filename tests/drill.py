@@ -236,7 +236,7 @@ class Drill:
     def _fill(self, draw: random.Random) -> None:
         """Leave a few kB of the disk for some steps, then all of it."""
         filler = self.disk / "filler"
-        left = draw.randrange(0, 150_000)
+        left = draw.randrange(0, 90_000)
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             # The ranks may take space meanwhile; then nothing at all is left.
             file.write(b"\0" * max(0, shutil.disk_usage(self.disk).free - left))
@@ -245,7 +245,7 @@ class Drill:
 
     def _limit(self, draw: random.Random) -> None:
         """A limit on the size of files, which fails whatever write exceeds it."""
-        limit = draw.randrange(1000, 120_000)
+        limit = draw.randrange(1000, 29_000)
         for pid in self.ranks.pids:
             resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         self._suffer()
@@ -253,7 +253,7 @@ class Drill:
     def _suffer(self) -> None:
         """Some steps of a run that cannot write; it goes on, or ends with one clear line."""
         goal = min(_step(self.output) + 5, STEPS)
-        end = time.monotonic() + 6
+        end = time.monotonic() + 30
         while self.ranks.is_running() and _step(self.output) < goal and time.monotonic() < end:
             time.sleep(0.01)
         if self.ranks.is_running():
