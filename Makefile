@@ -16,7 +16,7 @@ test: $(INSTALLED) lint
 # Ten thousand random cases of every random test for the C++ backend and 500 for the others, with
 # their count, and the cases marked slow, which need 9 GB and run one after another.
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_ops*.py tests/test_kernels.py -n auto --dist loadgroup \
+	$(BIN)/python -m pytest tests/test_ops*.py tests/test_kernels.py tests/test_planning_memory.py -n auto --dist loadgroup \
 		--hypothesis-profile=long --hypothesis-show-statistics
 
 # Training on two ranks is killed, its disk filled and its checkpoints damaged N times; every resume is

@@ -38,6 +38,17 @@ from tca_fast.config import ObjectiveConfig
 BASELINE = "published"
 # Relative, of loss and gradients in norm: what accumulates over two models' layers.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# What `tca-fast plan` needs of a model to know the operations of the measured step.
+_SHAPE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "tie_word_embeddings",
+)
 _PASSES = [f"{s} {d}" for d in ("forward", "backward") for s in ("adapter", "reference")]
 
 
@@ -113,6 +124,8 @@ class StepBench:
             "width": self.streams.reference.config.hidden_size,
             "features": case.features,
             "layers": self.streams.num_layers,
+            "sequences": case.sequences,
+            "shape": {name: getattr(self.streams.reference.config, name) for name in _SHAPE},
             "l0": case.l0,
             "rates": "power",
             "k": None,

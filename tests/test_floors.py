@@ -22,6 +22,7 @@ FLOORS = {
     "ops": 1,
     "losses": 1,
     "density": 1,
+    "planning": 1,
     "adapter": 2,
     "sparsity": 2,
     "attachment": 3,

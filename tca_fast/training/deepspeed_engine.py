@@ -39,6 +39,7 @@ class DeepSpeedGroup:
     Attributes:
         rank, num_ranks, device: of this process.
         settings: the JSON file with every "auto" filled in.
+        stage: of ZeRO.
     """
 
     def __init__(self, path: Path, config: TrainConfig, device: torch.device) -> None:
@@ -78,6 +79,7 @@ class DeepSpeedGroup:
             local_ranks = int(os.environ.get("LOCAL_SIZE", self.num_ranks))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
         self.settings = fill_settings(settings, config, self.num_ranks, self.device, path)
+        self.stage = int(self.settings.get("zero_optimization", {}).get("stage", 0))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from tca_fast.training.checkpoints import (
 )
 from tca_fast.training.data import Corpus, Encoded, Encoder, open_corpus
 from tca_fast.training.engine import Engine, LocalEngine
+from tca_fast.training.forecast import warn_if_too_large
 from tca_fast.training.logs import RunLog
 from tca_fast.training.origin import ORIGIN_NAME, write_origin
 from tca_fast.training.state import Progress, load_ages, read_progress, together
@@ -76,6 +77,13 @@ def train(
         group = DeepSpeedGroup(Path(deepspeed), config, device)
         device = group.device
     data = _read_data(config, group.num_ranks if group else 1)
+    warn_if_too_large(
+        config,
+        device,
+        stage=group.stage if group else None,
+        num_ranks=group.num_ranks if group else 1,
+        is_main=group is None or group.rank == 0,
+    )
     streams = load_streams(config.pair, config.adapter, seed=config.run.seed, device=str(device))
     # Cutoffs that do not fit the model are a mistake to report before the first step.
     sample_cutoffs(config.objective, streams.num_layers, seed=config.run.seed, step=0)
