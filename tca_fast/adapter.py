@@ -6,12 +6,13 @@ Shapes: T tokens, D model width, F features.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tca_fast import ops, sparsity
+from tca_fast import activations, ops, sparsity
 from tca_fast.density import DensityObserver
 from tca_fast.errors import UserError
 from tca_fast.ops import ActiveFeatures, AdapterOutput
@@ -31,7 +32,8 @@ class TranscoderAdapter(nn.Module):
         b_enc: encoder bias, [F].
         W_dec: decoder, [F, D].
         b_dec: decoder bias, [D], or None.
-        gain: [F] multipliers of the activations, or None while all are 1. Not saved.
+        gain: [F] multipliers of the activations, or [B, F] where the rows of a batch have their
+            own, or None while all are 1. Not saved.
         expected_density: share of features that a pass reserves memory for, see `ops.adapter`.
         observer: what recent passes found active.
     """
@@ -88,6 +90,8 @@ class TranscoderAdapter(nn.Module):
             UserError: shapes that do not fit.
         """
         dtype = mlp_out.dtype
+        if self.gain is not None and self.gain.dim() == 2:
+            return self._forward_by_row(x.to(dtype), mlp_out, token_mask, self.gain.to(dtype))
         output = ops.adapter(
             x.to(dtype),
             mlp_out,
@@ -104,6 +108,37 @@ class TranscoderAdapter(nn.Module):
         self.observer.observe(output.num_active, num_tokens * self.config.num_features)
         return output
 
+    def _forward_by_row(
+        self, x: Tensor, mlp_out: Tensor, token_mask: Tensor | None, gain_BF: Tensor
+    ) -> AdapterOutput:
+        """As `forward`, with gains that differ between the rows of the batch.
+
+        Operators know one gain for all tokens, so the gains go into the activations in between.
+        """
+        if x.dim() != 3 or len(x) != len(gain_BF):
+            raise UserError(
+                f"gain: set for batches of {len(gain_BF)} rows, but the hidden states have shape "
+                f"{tuple(x.shape)}; give one value for each row, or clear_gains()"
+            )
+        active = self.encode(x).trim()
+        token, feature = active.tokens(), active.feature.long()
+        gained = active.value * gain_BF[token // x.shape[1], feature]
+        scaled = ActiveFeatures(active.row_ptr, active.feature, gained, active.num_features)
+        b_dec = None if self.b_dec is None else self.b_dec.to(x.dtype)
+        added = ops.decode(scaled, self.W_dec.to(x.dtype), b_dec)
+        counted = torch.ones_like(token, dtype=torch.bool)
+        l0 = active.counts()
+        if token_mask is not None:
+            counted, l0 = token_mask.flatten()[token], l0 * token_mask.flatten()
+        sum_dtype = torch.promote_types(x.dtype, torch.float32)
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, dtype=sum_dtype)
+        l1 = (active.value.to(sum_dtype) * norms[feature])[counted].sum()
+        fired = torch.zeros_like(self.b_enc, dtype=torch.bool, requires_grad=False)
+        fired[feature[counted]] = True
+        return AdapterOutput(
+            mlp_out + added.view(mlp_out.shape), l1, l0.int(), fired, active.row_ptr[-1]
+        )
+
     def expect_observed_density(self) -> None:
         """Reserve memory for what was seen since the last call, or as before if nothing was.
 
@@ -119,8 +154,14 @@ class TranscoderAdapter(nn.Module):
         return ops.encode(x, self.W_enc.to(x.dtype), self.b_enc.to(x.dtype), k=self.config.k)
 
     def decode(self, active: ActiveFeatures) -> Tensor:
-        """What the branch adds for the given features, [T, D], with the gain applied."""
+        """What the branch adds for the given features, [T, D], with the gain applied.
+
+        Raises:
+            UserError: gains differ between the rows of a batch, and tokens have no rows here.
+        """
         dtype = active.value.dtype
+        if self.gain is not None and self.gain.dim() == 2:
+            raise UserError("gain: differs between rows, which decode does not know; clear_gains()")
         return ops.decode(
             active,
             self.W_dec.to(dtype),
@@ -128,22 +169,47 @@ class TranscoderAdapter(nn.Module):
             gain=None if self.gain is None else self.gain.to(dtype),
         )
 
-    def set_gain(self, feature: int, value: float) -> None:
-        """Multiply the activation of one feature from now on; 1 leaves it as it is, 0 ablates it.
+    def set_gain(self, feature: int | Sequence[int] | None, value: float | Sequence[float]) -> None:
+        """Multiply activations from now on; 1 leaves a feature as it is, 0 ablates it.
+
+        Args:
+            feature: one feature, several, or None for all of this layer.
+            value: the multiplier, or one for each row of the batches to come. A call with other
+                than that number of rows is then refused.
 
         Raises:
-            UserError: no such feature, or a gain that is not finite.
+            UserError: no such feature, a gain that is not finite, or gains for another number of
+                rows than those set before.
         """
-        if not 0 <= feature < self.config.num_features:
+        num_features = self.config.num_features
+        chosen = [feature] if isinstance(feature, int) else feature
+        for index in chosen or ():
+            if not 0 <= index < num_features:
+                raise UserError(
+                    f"feature: {index} is outside 0..{num_features - 1}, the features of this layer"
+                )
+        by_row = isinstance(value, Sequence)
+        multipliers = list(value) if isinstance(value, Sequence) else [value]
+        for multiplier in multipliers:
+            if not math.isfinite(multiplier):
+                raise UserError(f"gain: {multiplier} is not finite; give a number such as 0 or 2.0")
+        gain = torch.ones_like(self.b_enc, requires_grad=False) if self.gain is None else self.gain
+        if by_row and gain.dim() == 1:
+            gain = gain.repeat(len(multipliers), 1)
+        elif by_row and len(gain) != len(multipliers):
             raise UserError(
-                f"feature: {feature} is outside 0..{self.config.num_features - 1}, the features "
-                "of this layer"
+                f"gain: {len(multipliers)} values, but gains are set for batches of {len(gain)} "
+                "rows; clear_gains() first"
             )
-        if not math.isfinite(value):
-            raise UserError(f"gain: {value} is not finite; give a number such as 0 or 2.0")
-        if self.gain is None:
-            self.gain = torch.ones_like(self.b_enc, requires_grad=False)
-        self.gain[feature] = value
+        # A copy, so that gains that were saved to be restored stay what they were.
+        gain = gain.clone()
+        columns: Any = slice(None) if chosen is None else list(chosen)
+        gain[..., columns] = torch.tensor(
+            multipliers if gain.dim() == 1 else [[multiplier] for multiplier in multipliers],
+            dtype=gain.dtype,
+            device=gain.device,
+        )
+        self.gain = gain
 
     def clear_gain(self) -> None:
         """Set every gain back to 1."""
@@ -173,21 +239,31 @@ class AdaptedMLP(nn.Module):
         self.layer = layer
         self.enabled = True
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """MLP plus adapter; reports to the open sparsity recorder, if any.
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """MLP plus adapter; reports to the open recorders, if any.
 
         Args:
             hidden_states: [B, S, D].
+            args, kwargs: whatever else the decoder layer gives its MLP, passed on.
 
         Returns:
-            [B, S, D], the dtype of the MLP's output.
+            [B, S, D], the dtype of the MLP's output. Of an MLP that returns a tuple (experts with
+            their router's scores), the first entry is adapted and the others are passed on.
         """
-        mlp_out = self.mlp(hidden_states)
+        mlp_out = self.mlp(hidden_states, *args, **kwargs)
         if not self.enabled:
             return mlp_out
+        if isinstance(mlp_out, tuple):
+            return (self._add(hidden_states, mlp_out[0]), *mlp_out[1:])
+        return self._add(hidden_states, mlp_out)
+
+    def _add(self, x: Tensor, mlp_out: Tensor) -> Tensor:
         recorder = sparsity.current()
         token_mask = None if recorder is None else recorder.token_mask
-        output = self.adapter(hidden_states, mlp_out, token_mask)
+        output = self.adapter(x, mlp_out, token_mask)
         if recorder is not None:
             recorder.add(self.layer, output)
+        recording = activations.current()
+        if recording is not None:
+            recording.add(self.layer, self.adapter.encode(x.to(mlp_out.dtype)), x.shape[:-1])
         return output.y

@@ -1,110 +1,34 @@
-"""Find the MLPs of a Hugging Face causal language model and put adapters beside them.
-
-Models are recognised by structure, not by class name: a list of decoder layers, each with a
-child named `mlp`, and one normalisation module after them.
-"""
+"""Put adapters beside the MLPs of a Hugging Face causal language model, and take them off."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from tca_fast import activations
 from tca_fast.adapter import AdaptedMLP, TranscoderAdapter
+from tca_fast.architectures.structure import MLP_NAME, decoder_parts
 from tca_fast.errors import UserError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tca_fast.checkpoint import Provenance
     from tca_fast.config import AdapterConfig
+    from tca_fast.feature_table import FeatureTable
 
-MLP_NAME = "mlp"
-
-
-@dataclass(frozen=True)
-class DecoderParts:
-    """The parts of a causal language model that adapters and partial runs need.
-
-    Attributes:
-        decoder: the module that holds the layers (`model.model` in Qwen2 and Llama).
-        layers: its decoder layers, in order.
-        layers_name: their dotted path in the model, for example "model.layers".
-        embedding: the input embedding.
-        final_norm: the normalisation between the last layer and the head.
-        final_norm_name: its name in `decoder`.
-        head: the output embedding.
-    """
-
-    decoder: nn.Module
-    layers: nn.ModuleList
-    layers_name: str
-    embedding: nn.Module
-    final_norm: nn.Module
-    final_norm_name: str
-    head: nn.Module
-
-
-def decoder_parts(model: PreTrainedModel) -> DecoderParts:
-    """Find the decoder layers, embedding, final norm and head of a causal language model.
-
-    Args:
-        model: a Hugging Face `…ForCausalLM`.
-
-    Raises:
-        UserError: the structure is not that of a Qwen2- or Llama-like decoder; the message says
-            which part is missing.
-    """
-    name = type(model).__name__
-    num_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    if num_layers is None:
-        raise UserError(
-            f"model: {name} has no config.num_hidden_layers; pass a Hugging Face causal "
-            "language model"
-        )
-    lists = [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == num_layers
-        and all(hasattr(layer, MLP_NAME) for layer in module)
-    ]
-    if len(lists) != 1:
-        raise UserError(
-            f"model: {name} has {len(lists)} lists of {num_layers} decoder layers with a child "
-            f"named {MLP_NAME!r}, expected exactly one; this architecture is not supported"
-        )
-    layers_name, layers = lists[0]
-    decoder = model.get_submodule(layers_name.rpartition(".")[0])
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding is None or head is None:
-        raise UserError(f"model: {name} has no language-model head; pass a causal language model")
-    norm_name, norm = _final_norm(decoder, layers, embedding, name)
-    return DecoderParts(decoder, layers, layers_name, embedding, norm, norm_name, head)
-
-
-def _final_norm(
-    decoder: nn.Module, layers: nn.Module, embedding: nn.Module, name: str
-) -> tuple[str, nn.Module]:
-    """The one child beside embedding and layers that has weights."""
-    candidates = [
-        (child_name, child)
-        for child_name, child in decoder.named_children()
-        if child is not layers and child is not embedding and any(True for _ in child.parameters())
-    ]
-    if len(candidates) != 1:
-        found = ", ".join(child_name for child_name, _ in candidates) or "none"
-        raise UserError(
-            f"model: {name} should have exactly one normalisation after its layers, found "
-            f"{found}; this architecture is not supported"
-        )
-    return candidates[0]
+DEFAULT_NAME = "default"
+NO_MERGE = (
+    "merge: transcoder adapters cannot be merged, because the activation between encoder and "
+    "decoder is not linear; keep them beside the MLPs"
+)
 
 
 @contextmanager
@@ -130,24 +54,63 @@ def residual_states(model: PreTrainedModel) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-class AdaptedModel:
-    """A model whose MLPs have adapters beside them; made by `attach` or `load`.
+@dataclass
+class NamedAdapters:
+    """One adapter for every decoder layer, and what is known of them.
 
     Attributes:
-        model: the Hugging Face model, changed in place; use it as before.
-        config: shape and activation of the adapters.
-        layers: the adapters, one per decoder layer.
+        config: shape and activation.
+        layers: the adapters.
         provenance: models they were trained on, where they come from a checkpoint.
     """
 
+    config: AdapterConfig
+    layers: list[TranscoderAdapter]
     provenance: Provenance | None = None
+
+
+class AdaptedModel:
+    """A model whose MLPs have adapters beside them; made by `attach` or `load`.
+
+    It may hold several sets of adapters by name. One of them is active: it alone is part of the
+    model, so it alone runs, is trained and is saved; the others wait outside.
+
+    Attributes:
+        model: the Hugging Face model, changed in place; use it as before.
+        wrapped: the MLPs with their adapters, one per decoder layer.
+        active: name of the active set.
+    """
 
     def __init__(self, model: PreTrainedModel, config: AdapterConfig) -> None:
         """Collect the adapters of a model; use `attach` to make them."""
         self.model = model
-        self.config = config
         self.wrapped = [module for module in model.modules() if isinstance(module, AdaptedMLP)]
-        self.layers = [wrapped.adapter for wrapped in self.wrapped]
+        self.active = DEFAULT_NAME
+        self._sets = {self.active: NamedAdapters(config, [mlp.adapter for mlp in self.wrapped])}
+
+    @property
+    def config(self) -> AdapterConfig:
+        """Shape and activation of the active adapters."""
+        return self._sets[self.active].config
+
+    @property
+    def layers(self) -> list[TranscoderAdapter]:
+        """The active adapters, one per decoder layer."""
+        return self._sets[self.active].layers
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """Models the active adapters were trained on, where they come from a checkpoint."""
+        return self._sets[self.active].provenance
+
+    @provenance.setter
+    def provenance(self, provenance: Provenance | None) -> None:
+        self._sets[self.active].provenance = provenance
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all sets of adapters, in the order they came."""
+        return list(self._sets)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
@@ -158,7 +121,7 @@ class AdaptedModel:
         return self.model.generate(*args, **kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The adapters' parameters, which are all that is trained."""
+        """The active adapters' parameters, which are all that is trained."""
         for layer in self.layers:
             yield from layer.parameters()
 
@@ -174,26 +137,166 @@ class AdaptedModel:
             for wrapped, enabled in zip(self.wrapped, before, strict=True):
                 wrapped.enabled = enabled
 
-    def set_gain(self, layer: int, feature: int, value: float) -> None:
-        """Multiply one feature's activation in every pass from now on (1 by default, 0 ablates).
+    def add(
+        self,
+        name: str,
+        config: AdapterConfig | None = None,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Make one more set of fresh adapters; `use` makes it the active one.
+
+        Args:
+            name: not in use yet.
+            config, seed, dtype: as in `attach`.
+
+        Raises:
+            UserError: the name is in use.
+        """
+        self._check_new(name)
+        width = self.layers[0].W_enc.shape[1]
+        mlps = [wrapped.mlp for wrapped in self.wrapped]
+        self._sets[name] = _fresh_adapters(mlps, width, config, seed, dtype)
+
+    def load(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        revision: str | None = None,
+        check_model: bool = True,
+    ) -> None:
+        """Read one more set of adapters from a checkpoint; `use` makes it the active one.
+
+        Args:
+            name: not in use yet.
+            directory, revision, check_model: as in `tca_fast.load`.
+
+        Raises:
+            UserError: the name is in use, or whatever `tca_fast.load` refuses.
+        """
+        from tca_fast import checkpoint
+
+        self._check_new(name)
+        info, tensors = checkpoint.read(
+            self.model, directory, revision=revision, check_model=check_model
+        )
+        self.add(name, info.adapter, dtype=getattr(torch, info.dtype))
+        self._sets[name].provenance = info.provenance
+        checkpoint.copy_into(self._sets[name].layers, tensors)
+
+    def use(self, name: str) -> None:
+        """Make a set of adapters the active one; it goes to the device of the one it replaces.
+
+        Raises:
+            UserError: no set has that name.
+        """
+        if name not in self._sets:
+            raise UserError(f"name: no adapters are named {name!r}; there are {self._listed()}")
+        before, after = self._sets[self.active].layers, self._sets[name].layers
+        for wrapped, old, new in zip(self.wrapped, before, after, strict=True):
+            wrapped.adapter = new.to(old.W_enc.device)
+        self.active = name
+
+    def remove(self, name: str) -> None:
+        """Forget a set of adapters.
+
+        Raises:
+            UserError: no set has that name, or it is the active one.
+        """
+        if name not in self._sets or name == self.active:
+            what = "is the active set, use another first" if name == self.active else "is no set"
+            raise UserError(f"name: {name!r} {what}; there are {self._listed()}")
+        del self._sets[name]
+
+    def set_gain(
+        self,
+        layer: int | None,
+        feature: int | Sequence[int] | None,
+        value: float | Sequence[float],
+    ) -> None:
+        """Multiply activations in every pass from now on (1 by default, 0 ablates).
+
+        Args:
+            layer: of the active adapters; None is all layers.
+            feature: one, several, or None for all features of the layer.
+            value: the multiplier, or one for each row of the batches to come.
 
         Raises:
             UserError: no such layer or feature, or a gain that is not finite.
         """
-        if not 0 <= layer < len(self.layers):
+        if layer is not None and not 0 <= layer < len(self.layers):
             raise UserError(f"layer: {layer} is outside 0..{len(self.layers) - 1}")
-        self.layers[layer].set_gain(feature, value)
+        for adapter in self.layers if layer is None else [self.layers[layer]]:
+            adapter.set_gain(feature, value)
+
+    @contextmanager
+    def gains(
+        self,
+        values: Mapping[tuple[int | None, int | None], float | Sequence[float]],
+    ) -> Iterator[AdaptedModel]:
+        """Run the block with gains, and give back those that were set before.
+
+        Args:
+            values: {(layer, feature): value} as in `set_gain`, applied in order.
+
+        Raises:
+            UserError: as in `set_gain`; no gain is then changed.
+        """
+        layers = self.layers
+        before = [adapter.gain for adapter in layers]
+        try:
+            for (layer, feature), value in values.items():
+                self.set_gain(layer, feature, value)
+            yield self
+        finally:
+            for adapter, gain in zip(layers, before, strict=True):
+                adapter.gain = gain
 
     def clear_gains(self) -> None:
-        """Set the gain of every feature back to 1."""
+        """Set the gain of every feature of the active adapters back to 1."""
         for adapter in self.layers:
             adapter.clear_gain()
 
+    def record(self) -> AbstractContextManager[activations.Recording]:
+        """Record the active features of every layer and pass of the block, see `activations`."""
+        return activations.record()
+
+    def features(self, text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> FeatureTable:
+        """The active features of every token of a text, as a table to look at.
+
+        Args:
+            text: encoded as the tokenizer does by default.
+            tokenizer: None is the one the model was loaded with.
+
+        Raises:
+            UserError: there is no tokenizer where the model came from.
+        """
+        from tca_fast import feature_table
+
+        return feature_table.tabulate(self, text, tokenizer)
+
+    def merge(self) -> None:
+        """Refused: an adapter is not linear.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(NO_MERGE)
+
     def save_pretrained(self, directory: str | Path, provenance: Provenance | None = None) -> None:
-        """Write the adapters (and nothing of the model) to a directory; see `checkpoint`."""
+        """Write the active adapters (and nothing of the model) to a directory; see `checkpoint`."""
         from tca_fast import checkpoint
 
         checkpoint.save_pretrained(self, directory, provenance)
+
+    def _check_new(self, name: str) -> None:
+        if name in self._sets:
+            raise UserError(f"name: adapters named {name!r} are there already; choose another name")
+
+    def _listed(self) -> str:
+        return ", ".join(map(repr, self._sets))
 
 
 def attach(
@@ -209,7 +312,7 @@ def attach(
     `detach` gives them back as they were.
 
     Args:
-        model: a Hugging Face causal language model with Qwen2- or Llama-like decoder layers.
+        model: a Hugging Face causal language model whose decoder layers have an MLP.
         config: shape and activation; the default is the paper's 8192 ReLU features.
         seed: of the encoder weights, which are drawn on the CPU and so equal on every device.
         dtype: of the adapters' parameters.
@@ -217,25 +320,39 @@ def attach(
     Raises:
         UserError: adapters are already attached, or the structure is not supported.
     """
+    if any(isinstance(module, AdaptedMLP) for module in model.modules()):
+        raise UserError("model: adapters are already attached; call tca_fast.detach(model) first")
+    parts = decoder_parts(model)
+    mlps = [getattr(layer, MLP_NAME) for layer in parts.layers]
+    adapters = _fresh_adapters(mlps, parts.width, config, seed, dtype)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    for index, (layer, mlp) in enumerate(zip(parts.layers, mlps, strict=True)):
+        setattr(layer, MLP_NAME, AdaptedMLP(mlp, adapters.layers[index], index))
+    model._tca_fast_trainable = trainable
+    return AdaptedModel(model, adapters.config)
+
+
+def _fresh_adapters(
+    mlps: Sequence[nn.Module],
+    width: int,
+    config: AdapterConfig | None,
+    seed: int,
+    dtype: torch.dtype,
+) -> NamedAdapters:
+    """An adapter for every MLP, on its device."""
     if config is None:
         from tca_fast.config import AdapterConfig
 
         config = AdapterConfig()
-    if any(isinstance(module, AdaptedMLP) for module in model.modules()):
-        raise UserError("model: adapters are already attached; call tca_fast.detach(model) first")
-    parts = decoder_parts(model)
-    width = _model_width(model, parts)
     generator = torch.Generator().manual_seed(seed)
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-    model.requires_grad_(False)
-    for index, layer in enumerate(parts.layers):
-        mlp = getattr(layer, MLP_NAME)
-        parameter = next(mlp.parameters(), None)
-        device = parameter.device if parameter is not None else None
-        adapter = TranscoderAdapter(width, config, generator=generator, device=device, dtype=dtype)
-        setattr(layer, MLP_NAME, AdaptedMLP(mlp, adapter, index))
-    model._tca_fast_trainable = trainable
-    return AdaptedModel(model, config)
+    adapters = NamedAdapters(config, [])
+    for mlp in mlps:
+        device = next((p.device for p in mlp.parameters()), None)
+        adapters.layers.append(
+            TranscoderAdapter(width, config, generator=generator, device=device, dtype=dtype)
+        )
+    return adapters
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -256,15 +373,3 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable.get(name, parameter.requires_grad))
     return model
-
-
-def _model_width(model: PreTrainedModel, parts: DecoderParts) -> int:
-    """D, checked against the normalisation that feeds the head."""
-    width = getattr(model.config, "hidden_size", None)
-    norm_width = next(parts.final_norm.parameters()).shape[-1]
-    if width != norm_width:
-        raise UserError(
-            f"model: config.hidden_size is {width}, but the final norm has width {norm_width}; "
-            "this architecture is not supported"
-        )
-    return norm_width

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ from tca_fast.model_card import model_card, model_to_load
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tca_fast.adapter import TranscoderAdapter
     from tca_fast.config import AdapterConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -168,19 +169,38 @@ def load(
             shape, a model of other shape or other weights, a format newer than this version.
             The model is then unchanged.
     """
+    info, tensors = read(model, directory, revision=revision, check_model=check_model)
+    adapted = attach(model, info.adapter, dtype=getattr(torch, info.dtype))
+    copy_into(adapted.layers, tensors)
+    adapted.provenance = info.provenance
+    return adapted
+
+
+def read(
+    model: PreTrainedModel,
+    directory: str | Path,
+    *,
+    revision: str | None = None,
+    check_model: bool = True,
+) -> tuple[CheckpointInfo, list[dict[str, Tensor]]]:
+    """What `load` attaches: the checked configuration, and the tensors of every layer by name.
+
+    Args and errors are those of `load`; the model is not changed.
+    """
     directory = local_directory(directory, revision)
     info = read_adapter_config(directory)
     check_shape(model, info, directory)
     if check_model:
         check_fingerprint(fingerprint(model), info, directory, "pass check_model=False")
-    layers = _read_layers(directory / WEIGHTS_NAME, info)
-    adapted = attach(model, info.adapter, dtype=getattr(torch, info.dtype))
+    return info, _read_layers(directory / WEIGHTS_NAME, info)
+
+
+def copy_into(adapters: Sequence[TranscoderAdapter], layers: Sequence[dict[str, Tensor]]) -> None:
+    """Set the parameters of every layer's adapter to tensors of their shapes."""
     with torch.no_grad():
-        for adapter, tensors in zip(adapted.layers, layers, strict=True):
+        for adapter, tensors in zip(adapters, layers, strict=True):
             for name, parameter in adapter.named_parameters():
                 parameter.copy_(tensors[name])
-    adapted.provenance = info.provenance
-    return adapted
 
 
 def read_adapter_config(directory: str | Path) -> CheckpointInfo:
@@ -298,10 +318,9 @@ def check_shape(model: PreTrainedModel, info: CheckpointInfo, source: str | Path
         UserError: names what differs and the model to load.
     """
     parts = decoder_parts(model)
-    width = next(parts.final_norm.parameters()).shape[-1]
     for field, saved, found in (
         ("num_layers", info.num_layers, len(parts.layers)),
-        ("hidden_size", info.hidden_size, width),
+        ("hidden_size", info.hidden_size, parts.width),
     ):
         if saved != found:
             raise UserError(

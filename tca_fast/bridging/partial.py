@@ -109,7 +109,7 @@ class PartialRunner:
 
     def shares_embedding(self, other: PartialRunner) -> bool:
         """Whether both models embed tokens by the same tensors."""
-        return _same_tensors([self._parts.embedding], [other._parts.embedding])
+        return _same_tensors(self._parts.inputs.values(), other._parts.inputs.values())
 
     def shares_head(self, other: PartialRunner) -> bool:
         """Whether both models' final norm and head are the same tensors."""
@@ -180,7 +180,9 @@ class _NormAsDecoder(nn.Module):
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
         # The decoder output with the most fields: heads read some of them, all None here.
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
+        output = MoeModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
+        output.cross_attentions = None
+        return output
 
 
 def _same_tensors(ours: Iterable[nn.Module], theirs: Iterable[nn.Module]) -> bool:

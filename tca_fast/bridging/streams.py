@@ -18,9 +18,10 @@ from tca_fast import checkpoint
 from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
 from tca_fast.bridging.pair import ACCEPTABLE, check_pair, check_tokenizers
 from tca_fast.errors import UserError
+from tca_fast.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from tca_fast.config import AdapterConfig, PairConfig
 
@@ -100,7 +101,7 @@ def share_parameters(model: PreTrainedModel) -> PreTrainedModel:
 def graft(front: PreTrainedModel, back: PreTrainedModel, cutoff: int) -> PreTrainedModel:
     """mixed(front, back, cutoff) of contract §3.4, as a model of its own.
 
-    The embedding and layers 0..cutoff-1 are those of `front`; the other layers, the final norm
+    The embeddings and layers 0..cutoff-1 are those of `front`; the other layers, the final norm
     and the head are those of `back`. All modules are shared; only the containers are new, so the
     architecture's own forward runs.
     """
@@ -113,9 +114,8 @@ def graft(front: PreTrainedModel, back: PreTrainedModel, cutoff: int) -> PreTrai
         decoder = decoder.get_submodule(name)
     layers = [*front_parts.layers[:cutoff], *back_parts.layers[cutoff:]]
     decoder._modules[layers_name] = nn.ModuleList(layers)
-    for name, child in decoder.named_children():
-        if child is back_parts.embedding:
-            decoder._modules[name] = front_parts.embedding
+    for name, module in front_parts.inputs.items():
+        decoder._modules[name] = module
     return mixed
 
 
@@ -253,25 +253,6 @@ def load_model(
         attn_implementation=pair.attn_implementation,
     )
     return model.to(device)
-
-
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model, or None where the model has none.
-
-    A tokenizer that declares the generic class is read as its tokenizer.json says. `AutoTokenizer`
-    would take the class of the model type instead, which for Qwen2 replaces the splitting rules
-    and drops what its byte-level vocabulary does not know.
-    """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    try:
-        declared = get_tokenizer_config(name, revision=revision).get("tokenizer_class")
-        if declared in ("TokenizersBackend", "PreTrainedTokenizerFast"):
-            return PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
-        return AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _read(field: str, loader: Any, name: str, revision: str | None, **options: Any) -> Any:

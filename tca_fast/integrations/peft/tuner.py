@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tca_fast import sparsity
 from tca_fast.adapter import AdaptedMLP, TranscoderAdapter
-from tca_fast.attachment import MLP_NAME, decoder_parts
+from tca_fast.attachment import MLP_NAME, NO_MERGE, decoder_parts
 from tca_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, check_fingerprint, check_shape
 from tca_fast.errors import UserError
 from tca_fast.fingerprint import fingerprint
@@ -75,7 +75,7 @@ class TranscoderAdapterLayer(nn.Module, BaseTunerLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused, see `TranscoderAdapterModel`."""
-        raise UserError(_NO_MERGE)
+        raise UserError(NO_MERGE)
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
@@ -153,7 +153,7 @@ class TranscoderAdapterModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
-        raise UserError(_NO_MERGE)
+        raise UserError(NO_MERGE)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Nothing: see the class."""
@@ -198,10 +198,6 @@ class TranscoderAdapterModel(BaseTuner):
         return tensors
 
 
-_NO_MERGE = (
-    "merge: transcoder adapters cannot be merged, because the activation between encoder and "
-    "decoder is not linear; keep them beside the MLPs"
-)
 _OTHERWISE = (
     "let tca_fast.integrations.peft.from_pretrained put it together, or pass "
     "PeftModel.from_pretrained a config whose fingerprint is None"
