@@ -126,6 +126,8 @@ class DataConfig(_Config):
             stopping is trained (the reference does not: contract §3.12 #9).
         bad_lines: "error" stops at a malformed line, "skip" counts and skips it.
         num_workers: tokenizing worker processes; 0 tokenizes in the training process.
+        cache_dir: where packed training keeps token ids (4 bytes each), so that a file is
+            tokenized once; None is tca_fast/tokens in the user's cache directory.
     """
 
     train: str
@@ -137,6 +139,7 @@ class DataConfig(_Config):
     append_eos: bool = False
     bad_lines: Literal["error", "skip"] = "error"
     num_workers: int = Field(default=0, ge=0)
+    cache_dir: str | None = None
 
 
 class OptimizerConfig(_Config):
@@ -160,6 +163,10 @@ class RunConfig(_Config):
         max_steps: optimizer steps after which to stop, if sooner; the schedule ends there too.
         train_batch_size: sequences per optimizer step over all ranks.
         per_device_train_batch_size: sequences per forward on one rank.
+        train_batch_tokens: tokens per optimizer step over all ranks, instead of a number of
+            sequences: they are packed side by side into rows without padding.
+        per_device_train_batch_tokens: tokens per forward on one rank, the length of such a row; at
+            least the longest sequence, and twice `data.max_length` is always filled well.
         device: "auto" is CUDA where there is one, otherwise CPU.
         logging_steps, eval_steps, save_steps: optimizer steps between log lines, validations and
             checkpoints; 0 turns validation or checkpoints off.
@@ -177,6 +184,8 @@ class RunConfig(_Config):
     max_steps: int | None = Field(default=None, ge=1)
     train_batch_size: int = Field(default=1, ge=1)
     per_device_train_batch_size: int = Field(default=1, ge=1)
+    train_batch_tokens: int | None = Field(default=None, ge=2)
+    per_device_train_batch_tokens: int | None = Field(default=None, ge=2)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     logging_steps: int = Field(default=1, ge=1)
     eval_steps: int = Field(default=1000, ge=0)
@@ -187,6 +196,38 @@ class RunConfig(_Config):
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     run_name: str | None = None
     resume_from_checkpoint: str | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether sequences are packed to a token budget rather than padded."""
+        return self.train_batch_tokens is not None
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a full optimizer step over all ranks, padded sequences or packed."""
+        if self.train_batch_tokens is None or self.per_device_train_batch_tokens is None:
+            return self.train_batch_size
+        return self.train_batch_tokens // self.per_device_train_batch_tokens
+
+    @property
+    def rows_per_forward(self) -> int:
+        """Rows of one forward on one rank; a packed row has one to itself."""
+        return 1 if self.is_packed else self.per_device_train_batch_size
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> RunConfig:
+        if (self.train_batch_tokens is None) != (self.per_device_train_batch_tokens is None):
+            raise ValueError(
+                "train_batch_tokens and per_device_train_batch_tokens need each other; set both, "
+                "or neither to count sequences"
+            )
+        if self.is_packed and (self.train_batch_size, self.per_device_train_batch_size) != (1, 1):
+            raise ValueError(
+                f"train_batch_size={self.train_batch_size} and per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} count sequences, train_batch_tokens="
+                f"{self.train_batch_tokens} counts tokens; leave one kind out"
+            )
+        return self
 
 
 class TrainConfig(_Config):

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tiny_pair import packed_overrides
 
 import tca_fast.training.run as running
 from tca_fast.config import load_config
@@ -67,6 +68,8 @@ def main() -> None:
         checkpointed = [f"run.output_dir={config.parent}/checkpointed{stage}", "run.save_steps=0"]
         checkpointed += ["objective.gradient_checkpointing=true", "run.eval_steps=0"]
         train(load_config(config, checkpointed), deepspeed, show_progress=False)
+    packed = [*packed_overrides(config.parent / "cache"), f"run.output_dir={config.parent}/packed2"]
+    train(load_config(config, packed), settings(config.parent, 2), show_progress=False)
     fill_disk(config)
 
 

@@ -5,33 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny_pair import VOCABULARY, character_tokenizer, conversation_line
+from tiny_pair import VOCABULARY, character_tokenizer, conversation_line, corpus_of, encoder, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tca_fast.config import DataConfig, RunConfig
 from tca_fast.errors import UserError
-from tca_fast.training.batches import (
-    BatchPlan,
-    check_lengths,
-    collate,
-    deal,
-    make_step_batch,
-    step_batches,
-)
-from tca_fast.training.data import Conversation, Encoded, Encoder, open_corpus
+from tca_fast.training.batches import check_lengths, collate, make_step_batch
+from tca_fast.training.data import Conversation, Encoded, open_corpus
 
 GOOD = conversation_line("1+1?", "<think> two</think>2")
-
-
-def settings(**changes) -> DataConfig:
-    return DataConfig(train="unused.jsonl", **{"max_length": 1000, **changes})
-
-
-def encoder(tokenizer=None, **changes) -> Encoder:
-    return Encoder(tokenizer or character_tokenizer(), settings(**changes))
 
 
 def conversation(prompt="1+1?", response="<think> two</think>2") -> Conversation:
@@ -40,13 +22,6 @@ def conversation(prompt="1+1?", response="<think> two</think>2") -> Conversation
 
 def ids_of(text: str) -> list[int]:
     return [VOCABULARY[character] for character in text]
-
-
-def write(path, *lines: bytes | str):
-    path.write_bytes(
-        b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
-    )
-    return str(path)
 
 
 # Files
@@ -286,93 +261,6 @@ def test_an_id_outside_the_embedding_is_refused(tmp_path):
     narrow.vocab_size = VOCABULARY["\uff5c"]
     with pytest.raises(UserError, match="pair.target: its tokenizer gives id .* near line 1"):
         make_step_batch(corpus, narrow, [([0], 1.0)])
-
-
-# Order
-
-
-def plan(num_sequences=23, batch=4, micro=2, seed=3) -> BatchPlan:
-    return BatchPlan(num_sequences, batch, micro, seed)
-
-
-@given(
-    num_sequences=st.integers(1, 60),
-    micro=st.integers(1, 4),
-    num_ranks=st.integers(1, 5),
-    factor=st.integers(1, 3),
-    seed=st.integers(0, 2**40),
-)
-def test_every_sequence_once_per_epoch_at_any_number_of_ranks(
-    num_sequences, micro, num_ranks, factor, seed
-):
-    ours = BatchPlan(num_sequences, micro * num_ranks * factor, micro, seed)
-    alone = BatchPlan(num_sequences, micro * num_ranks * factor, micro, seed)
-    for epoch in range(2):
-        seen = []
-        for step in range(epoch * ours.steps_per_epoch, (epoch + 1) * ours.steps_per_epoch):
-            shares = [ours.micro_batches(step, rank, num_ranks) for rank in range(num_ranks)]
-            assert len({len(share) for share in shares}) == 1
-            real = [tuple(ids) for share in shares for ids, weight in share if weight]
-            everything = [tuple(ids) for ids, _ in alone.micro_batches(step, 0, 1)]
-            assert sorted(real) == sorted(everything)
-            seen += [index for micro_batch in real for index in micro_batch]
-        assert sorted(seen) == list(range(num_sequences))
-
-
-def test_the_last_batch_of_an_epoch_is_a_step_of_its_own():
-    assert plan().steps_per_epoch == 6
-    assert [len(plan().sequences(step)) for step in range(7)] == [4, 4, 4, 4, 4, 3, 4]
-    assert plan().total_steps(3, None) == 18 and plan().total_steps(3, 10) == 10
-    assert plan(num_sequences=3).steps_per_epoch == 1
-
-
-def test_order_depends_on_seed_and_epoch_alone():
-    first = plan().order(0).tolist()
-    assert plan().order(0).tolist() == first
-    assert plan().order(1).tolist() != first and plan(seed=4).order(0).tolist() != first
-    state = torch.get_rng_state()
-    plan().order(2)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_rank_without_a_micro_batch_stands_in():
-    assert deal([4, 5], 2, 0, 2) == [([4, 5], 1.0)]
-    assert deal([4, 5], 2, 1, 2) == [([4, 5], 0.0)]
-    assert deal([1, 2, 3], 1, 1, 2) == [([2], 1.0), ([1], 0.0)]
-
-
-def test_an_indivisible_batch_is_refused():
-    run = RunConfig(output_dir="x", train_batch_size=6, per_device_train_batch_size=2)
-    assert BatchPlan.from_config(run, 10, 3).train_batch_size == 6
-    with pytest.raises(UserError, match="run.train_batch_size: 6 .* times 2 rank.* multiple of 4"):
-        BatchPlan.from_config(run, 10, 2)
-
-
-def corpus_of(tmp_path, count=9):
-    lines = [conversation_line(f"{i}?", "so " * i + "!") for i in range(count)]
-    return open_corpus(write(tmp_path / "d.jsonl", *lines), "data.train")
-
-
-def test_worker_processes_give_the_same_batches(tmp_path):
-    corpus = corpus_of(tmp_path)
-    steps, ours = range(2, 7), plan(num_sequences=9)
-    cache: dict = {}
-    here = list(step_batches(corpus, encoder(), ours, steps, cache=cache))
-    there = list(step_batches(corpus, encoder(num_workers=2), ours, steps))
-    assert len(here) == len(there) == 5 and len(cache) == 9
-    for one, other in zip(here, there, strict=True):
-        assert one[1:] == other[1:]
-        for ours_, theirs in zip(one.micro_batches, other.micro_batches, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours_[:3], theirs[:3], strict=True))
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_while_tokenizing_arrives_as_one_line(tmp_path, num_workers):
-    strict = encoder(truncate=False, max_length=40, num_workers=num_workers)
-    batches = step_batches(corpus_of(tmp_path), strict, plan(num_sequences=9), range(3))
-    errors = [batch.error for batch in batches]
-    assert any(errors)
-    assert all("\n" not in error for error in errors)
 
 
 def test_a_file_that_changes_during_training_is_noticed(tmp_path):

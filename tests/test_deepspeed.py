@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_pair import make_pair, records
+from tiny_pair import make_pair, packed_overrides, records
 
 from tca_fast.config import load_config
 from tca_fast.errors import UserError
@@ -83,6 +83,19 @@ def test_two_ranks_train_like_one(stages, stage):
         records(stages / f"unbroken{stage}", "validation"), validation, strict=True
     ):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_two_ranks_train_packed_rows_like_one(stages):
+    """Both tokenized the same file at the same time."""
+    packed = [*packed_overrides(stages / "cache_alone"), f"run.output_dir={stages}/packed1"]
+    train(load_config(stages / "run.yaml", packed), show_progress=False)
+    alone, together = records(stages / "packed1"), records(stages / "packed2")
+    assert len(alone) == len(together) == 20
+    for ours, theirs in zip(together, alone, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        for name in ("tokens_seen", "sequences_seen", "learning_rate", "dead_features"):
+            assert ours[name] == theirs[name], name
 
 
 @pytest.mark.parametrize("stage", STAGES)

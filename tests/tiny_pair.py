@@ -9,6 +9,9 @@ from tiny import tiny_qwen2
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from tca_fast.config import DataConfig
+from tca_fast.training.data import Corpus, Encoder, open_corpus
+
 CHARACTERS = [*map(chr, range(32, 127)), "\n", "\uff5c"]
 VOCABULARY = {token: i for i, token in enumerate(["<bos>", "<eos>", *CHARACTERS])}
 
@@ -32,6 +35,27 @@ def character_tokenizer(**options) -> PreTrainedTokenizerFast:
 def conversation_line(prompt: str, response: str, **extra) -> str:
     turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": response}]
     return json.dumps({"conversations": turns, "domain": "math", **extra})
+
+
+def data_settings(**changes) -> DataConfig:
+    return DataConfig(train="unused.jsonl", **{"max_length": 1000, **changes})
+
+
+def encoder(tokenizer=None, **changes) -> Encoder:
+    return Encoder(tokenizer or character_tokenizer(), data_settings(**changes))
+
+
+def write(path, *lines: bytes | str):
+    path.write_bytes(
+        b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines)
+    )
+    return str(path)
+
+
+def corpus_of(tmp_path, count=9) -> Corpus:
+    """Conversations that get longer from one to the next."""
+    lines = [conversation_line(f"{i}?", "so " * i + "!") for i in range(count)]
+    return open_corpus(write(tmp_path / "d.jsonl", *lines), "data.train")
 
 
 def write_data(path: Path, num_sequences: int, seed: int) -> None:
@@ -82,6 +106,18 @@ run:
         encoding="utf-8",
     )
     return config
+
+
+def packed_overrides(cache: Path) -> list[str]:
+    """The same run with a token budget: two rows of 160 tokens per step."""
+    return [
+        "data.max_length=70",
+        "run.train_batch_size=1",
+        "run.per_device_train_batch_size=1",
+        "run.train_batch_tokens=320",
+        "run.per_device_train_batch_tokens=160",
+        f"data.cache_dir={cache}",
+    ]
 
 
 def records(output_dir: Path, split: str = "train") -> list[dict]:

@@ -1,35 +1,22 @@
-"""Which sequences make which optimizer step, and how they become tensors.
-
-The order depends on (seed, epoch) alone and a step on its number alone: not on the number of
-ranks, and not on how often training was interrupted.
-"""
+"""How sequences become the tensors of a micro-batch: padded rows, or one packed row."""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
-from tca_fast.config import RunConfig
+from tca_fast.bridging.inputs import Packing
 from tca_fast.errors import UserError
+from tca_fast.losses import IGNORED_LABEL
 from tca_fast.training.data import Corpus, Encoded, Encoder
 
 
-def seed_from(*parts: object) -> int:
-    """A 63-bit generator seed that depends on every part, e.g. `seed_from("order", 42, epoch)`."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
 class MicroBatch(NamedTuple):
-    """Sequences of one forward, padded on the right to the longest of them.
+    """Sequences of one forward, padded on the right to the longest of them, or packed.
 
     Attributes:
         input_ids: int64 `[B, S]`.
@@ -37,12 +24,14 @@ class MicroBatch(NamedTuple):
         labels: int64 `[B, S]`, the ids, -100 at padding (and at prompt tokens when those do not
             count). Padded on the same side as `input_ids` whatever the tokenizer prefers.
         weight: 1.0, or 0.0 for a stand-in that only keeps a rank in step with the others.
+        packing: where the sequences of a packed row lie; B is 1 then.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
     weight: float = 1.0
+    packing: Packing | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on a device, without waiting for it."""
@@ -50,12 +39,24 @@ class MicroBatch(NamedTuple):
             input_ids=to_device(self.input_ids, device),
             attention_mask=to_device(self.attention_mask, device),
             labels=to_device(self.labels, device),
+            packing=self.packing
+            and self.packing._replace(
+                position_ids=to_device(self.packing.position_ids, device),
+                boundaries=to_device(self.packing.boundaries, device),
+            ),
         )
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in it; 0 for a stand-in."""
+        if not self.weight:
+            return 0
+        return len(self.input_ids) if self.packing is None else len(self.packing.boundaries) - 1
 
     @property
     def label_tokens(self) -> int:
         """Positions t with `labels[t+1] != -100`; 0 for a stand-in."""
-        return int((self.labels[:, 1:] != -100).sum()) if self.weight else 0
+        return int((self.labels[:, 1:] != IGNORED_LABEL).sum()) if self.weight else 0
 
     @property
     def real_tokens(self) -> int:
@@ -90,13 +91,17 @@ class StepBatch(NamedTuple):
     error: str = ""
 
 
+#: From sequences, the padding id and whether prompt tokens count.
+Collate = Callable[[Sequence[Encoded], int, bool], MicroBatch]
+
+
 def collate(sequences: Sequence[Encoded], pad_id: int, loss_on_prompt: bool) -> MicroBatch:
     """Pad sequences on the right into one micro-batch (contract §4.3, §3.12 #3 mended)."""
     longest = max(len(sequence.ids) for sequence in sequences)
     shape = (len(sequences), longest)
     input_ids = torch.full(shape, pad_id, dtype=torch.int64)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, -100, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED_LABEL, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
         length = len(sequence.ids)
         start = 0 if loss_on_prompt else sequence.prompt_length
@@ -106,110 +111,25 @@ def collate(sequences: Sequence[Encoded], pad_id: int, loss_on_prompt: bool) -> 
     return MicroBatch(input_ids, attention_mask, labels)
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """The sequences of every optimizer step.
-
-    The last, smaller batch of an epoch is a step of its own, so `steps_per_epoch` is
-    `ceil(num_sequences / train_batch_size)` (contract §3.12 #1 and #2 mended).
-    """
-
-    num_sequences: int
-    train_batch_size: int
-    micro_batch_size: int
-    seed: int
-
-    @classmethod
-    def from_config(cls, run: RunConfig, num_sequences: int, num_ranks: int) -> BatchPlan:
-        """The plan of a training run.
-
-        Raises:
-            UserError: the batch does not divide into whole micro-batches on every rank.
-        """
-        share = run.per_device_train_batch_size * num_ranks
-        if run.train_batch_size % share:
-            raise UserError(
-                f"run.train_batch_size: {run.train_batch_size} is not divisible by "
-                f"run.per_device_train_batch_size={run.per_device_train_batch_size} times "
-                f"{num_ranks} rank(s); make it a multiple of {share}"
-            )
-        return cls(num_sequences, run.train_batch_size, run.per_device_train_batch_size, run.seed)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the sequences."""
-        return math.ceil(self.num_sequences / self.train_batch_size)
-
-    def total_steps(self, num_epochs: int, max_steps: int | None) -> int:
-        """Optimizer steps of the run, which is also the length of the schedule."""
-        total = self.steps_per_epoch * num_epochs
-        return total if max_steps is None else min(total, max_steps)
-
-    def order(self, epoch: int) -> torch.Tensor:
-        """Permutation of the sequences in `epoch`, int64 `[num_sequences]`."""
-        generator = torch.Generator().manual_seed(seed_from("order", self.seed, epoch))
-        return torch.randperm(self.num_sequences, generator=generator)
-
-    def sequences(self, step: int) -> list[int]:
-        """Sequence indices of optimizer step `step`, counted from 0 over all epochs."""
-        epoch, index = divmod(step, self.steps_per_epoch)
-        start = index * self.train_batch_size
-        return self.order(epoch)[start : start + self.train_batch_size].tolist()
-
-    def micro_batches(self, step: int, rank: int, num_ranks: int) -> list[tuple[list[int], float]]:
-        """Sequence indices and weight of each micro-batch that `rank` runs in `step`."""
-        return deal(self.sequences(step), self.micro_batch_size, rank, num_ranks)
-
-
-def deal(
-    sequences: list[int], micro_batch_size: int, rank: int, num_ranks: int
-) -> list[tuple[list[int], float]]:
-    """Deal micro-batches to ranks like cards: micro-batch j goes to rank `j % num_ranks`.
-
-    The set of micro-batches is the same at any number of ranks. Every rank gets as many: where
-    the cards run out it repeats the first one with weight 0, because the collectives inside a
-    forward and backward (ZeRO) need every rank.
-    """
-    cards = [
-        (sequences[start : start + micro_batch_size], 1.0)
-        for start in range(0, len(sequences), micro_batch_size)
-    ]
-    cards += [(cards[0][0], 0.0)] * (-len(cards) % num_ranks)
-    return cards[rank::num_ranks]
-
-
-class _Steps(Dataset[StepBatch]):
-    """Map-style dataset whose item `step` is that optimizer step's share of one rank."""
-
-    def __init__(
-        self,
-        corpus: Corpus,
-        encoder: Encoder,
-        plan: BatchPlan,
-        rank: int,
-        num_ranks: int,
-        cache: dict[int, Encoded] | None,
-    ) -> None:
-        self.corpus, self.encoder, self.plan = corpus, encoder, plan
-        self.rank, self.num_ranks = rank, num_ranks
-        self.cache = cache
-
-    def __getitem__(self, step: int) -> StepBatch:
-        dealt = self.plan.micro_batches(step, self.rank, self.num_ranks)
-        try:
-            return make_step_batch(self.corpus, self.encoder, dealt, self.cache)
-        except UserError as error:
-            # Returned rather than raised: a DataLoader worker would wrap it in a traceback.
-            return StepBatch([], error=str(error))
+def pack_row(sequences: Sequence[Encoded], loss_on_prompt: bool) -> MicroBatch:
+    """Sequences side by side in one row, without padding."""
+    input_ids = torch.cat([sequence.ids for sequence in sequences]).long().unsqueeze(0)
+    packing = Packing.of([len(sequence.ids) for sequence in sequences])
+    labels = packing.without_borders(input_ids)
+    if not loss_on_prompt:
+        for start, sequence in zip(packing.boundaries.tolist(), sequences, strict=False):
+            labels[:, start : start + sequence.prompt_length] = IGNORED_LABEL
+    return MicroBatch(input_ids, torch.ones_like(input_ids), labels, packing=packing)
 
 
 def make_step_batch(
     corpus: Corpus,
     encoder: Encoder,
     dealt: list[tuple[list[int], float]],
-    cache: dict[int, Encoded] | None = None,
+    cache: Mapping[int, Encoded] | None = None,
+    collate: Collate = collate,
 ) -> StepBatch:
-    """Encode and collate dealt micro-batches; `cache` keeps ids by sequence index.
+    """Encode and collate dealt micro-batches; `cache` has or keeps ids by sequence index.
 
     Raises:
         UserError: a sequence that cannot be encoded, or an id that the models do not know.
@@ -239,18 +159,18 @@ def make_step_batch(
 
 
 def encode_cached(
-    corpus: Corpus, encoder: Encoder, index: int, cache: dict[int, Encoded] | None
+    corpus: Corpus, encoder: Encoder, index: int, cache: Mapping[int, Encoded] | None
 ) -> Encoded:
-    """Token ids of sequence `index`, from `cache` when they are there."""
+    """Token ids of sequence `index`, from `cache` when they are there, into it when they fit."""
     if cache is not None and index in cache:
         return cache[index]
     encoded = encoder.encode(corpus.conversation(index))
-    if cache is not None:
+    if isinstance(cache, MutableMapping):
         cache[index] = encoded
     return encoded
 
 
-def check_lengths(corpus: Corpus, encoder: Encoder, cache: dict[int, Encoded] | None) -> None:
+def check_lengths(corpus: Corpus, encoder: Encoder, cache: Mapping[int, Encoded] | None) -> None:
     """With `truncate` off, find a sequence that is too long before anything is trained.
 
     Raises:
@@ -272,35 +192,18 @@ def pad_token_id(tokenizer: Any, vocab_size: int | None = None) -> int:
     return 0
 
 
-def step_batches(
-    corpus: Corpus,
-    encoder: Encoder,
-    plan: BatchPlan,
-    steps: range,
-    rank: int = 0,
-    num_ranks: int = 1,
-    cache: dict[int, Encoded] | None = None,
-) -> Iterator[StepBatch]:
-    """This rank's share of each optimizer step in `steps`, in order.
-
-    With `data.num_workers` > 0 worker processes tokenize ahead of the training loop; otherwise
-    it happens here, and `cache` remembers it for the next epoch.
-    """
-    num_workers = encoder.config.num_workers
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """Of a DataLoader that hands on items as they are, and whose workers leave Ctrl-C to us."""
     if num_workers:
         # The workers are the parallelism; without this the tokenizers library warns at every fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    dataset = _Steps(corpus, encoder, plan, rank, num_ranks, None if num_workers else cache)
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=steps,  # a range is a sequence of step numbers
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        generator=torch.Generator(),  # else it would draw from the global one
-        worker_init_fn=_ignore_signals if num_workers else None,
-    )
-    return iter(loader)
+    return {
+        "batch_size": None,
+        "num_workers": num_workers,
+        "collate_fn": _as_is,
+        "generator": torch.Generator(),  # else it would draw from the global one
+        "worker_init_fn": _ignore_signals if num_workers else None,
+    }
 
 
 def _as_is(batch: Any) -> Any:

@@ -119,10 +119,9 @@ def fill_settings(
     run = config.run
     is_bf16 = device.type == "cuda" and config.pair.dtype in ("auto", "bfloat16")
     known: dict[str, Any] = {
-        "train_batch_size": run.train_batch_size,
-        "train_micro_batch_size_per_gpu": run.per_device_train_batch_size,
-        "gradient_accumulation_steps": run.train_batch_size
-        // (run.per_device_train_batch_size * num_ranks),
+        "train_batch_size": run.rows_per_step,
+        "train_micro_batch_size_per_gpu": run.rows_per_forward,
+        "gradient_accumulation_steps": run.rows_per_step // (run.rows_per_forward * num_ranks),
         "gradient_clipping": config.optimizer.max_grad_norm,
         "bf16.enabled": is_bf16,
     }

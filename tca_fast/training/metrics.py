@@ -18,10 +18,10 @@ from torch import Tensor
 
 from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
-from tca_fast.training.batches import BatchPlan
 from tca_fast.training.checkpoints import checkpoints
 from tca_fast.training.data import Corpus
 from tca_fast.training.logs import RunLog
+from tca_fast.training.plans import Plan
 
 
 class Moment:
@@ -113,7 +113,7 @@ class StepMetrics:
     """
 
     def __init__(
-        self, config: TrainConfig, plan: BatchPlan, corpus: Corpus, total_steps: int, log: RunLog
+        self, config: TrainConfig, plan: Plan, corpus: Corpus, total_steps: int, log: RunLog
     ) -> None:
         self.config, self.plan, self.corpus = config, plan, corpus
         self.total_steps, self.log = total_steps, log

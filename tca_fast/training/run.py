@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from tca_fast.bridging.inputs import check_packing
 from tca_fast.bridging.objective import sample_cutoffs
 from tca_fast.bridging.steps import STEPS
 from tca_fast.bridging.streams import Streams, load_streams, load_tokenizer
@@ -18,14 +20,7 @@ from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
 from tca_fast.fingerprint import fingerprint
 from tca_fast.sparsity import FeatureAges
-from tca_fast.training.batches import (
-    BatchPlan,
-    StepBatch,
-    check_lengths,
-    deal,
-    make_step_batch,
-    step_batches,
-)
+from tca_fast.training.batches import StepBatch, check_lengths, encode_cached, make_step_batch
 from tca_fast.training.checkpoints import (
     candidates,
     checkpoints,
@@ -39,7 +34,10 @@ from tca_fast.training.engine import Engine, LocalEngine
 from tca_fast.training.forecast import warn_if_too_large
 from tca_fast.training.logs import RunLog
 from tca_fast.training.origin import ORIGIN_NAME, write_origin
+from tca_fast.training.pipeline import ahead, step_batches
+from tca_fast.training.plans import BatchPlan, PackedPlan, Plan, deal
 from tca_fast.training.state import Progress, load_ages, read_progress, together
+from tca_fast.training.tokens import cache_directory, open_tokens
 from tca_fast.training.trainer import Trainer, TrainResult
 
 if TYPE_CHECKING:
@@ -76,7 +74,7 @@ def train(
 
         group = DeepSpeedGroup(Path(deepspeed), config, device)
         device = group.device
-    data = _read_data(config, group.num_ranks if group else 1)
+    data = _read_data(config, group.num_ranks if group else 1, show_progress)
     warn_if_too_large(
         config,
         device,
@@ -85,6 +83,8 @@ def train(
         is_main=group is None or group.rank == 0,
     )
     streams = load_streams(config.pair, config.adapter, seed=config.run.seed, device=str(device))
+    if config.run.is_packed:
+        check_packing(streams.reference)
     # Cutoffs that do not fit the model are a mistake to report before the first step.
     sample_cutoffs(config.objective, streams.num_layers, seed=config.run.seed, step=0)
     for encoder in data.encoders.values():
@@ -103,7 +103,7 @@ def train(
     try:
         for note in notes:
             log.note(note)
-        _note_skipped(data.corpora, log)
+        _note_data(data, log)
         validation = _validation_batch(config, data, engine)
         trainer = Trainer(
             config,
@@ -117,7 +117,8 @@ def train(
             validation,
             log,
         )
-        return trainer.run(_training_batches(data, engine, progress))
+        with contextlib.closing(ahead(_training_batches(data, engine, progress))) as batches:
+            return trainer.run(batches)
     except RuntimeError as error:
         if not engine.is_lost_contact(error):
             raise
@@ -136,26 +137,35 @@ class _Data(NamedTuple):
 
     corpora: dict[str, Corpus]
     encoders: dict[str, Encoder]
-    cache: dict[int, Encoded] | None
-    plan: BatchPlan
+    cache: Mapping[int, Encoded] | None
+    plan: Plan
+    num_workers: int
 
 
-def _read_data(config: TrainConfig, num_ranks: int) -> _Data:
+def _read_data(config: TrainConfig, num_ranks: int, show_progress: bool) -> _Data:
     sources = {"train": config.data.train, "validation": config.data.validation}
     corpora = {
         name: open_corpus(source, f"data.{name}", config.data.bad_lines)
         for name, source in sources.items()
         if source is not None
     }
-    plan = BatchPlan.from_config(config.run, len(corpora["train"]), num_ranks)
+    train = corpora["train"]
+    padded = (
+        None if config.run.is_packed else BatchPlan.from_config(config.run, len(train), num_ranks)
+    )
     tokenizer = _tokenizer(config)
     encoders = {name: Encoder(tokenizer, config.data, f"data.{name}") for name in corpora}
+    if padded is None:
+        directory = cache_directory(config.data.cache_dir)
+        tokens = open_tokens(train, encoders["train"], directory, show_progress=show_progress)
+        packed = PackedPlan.from_config(config.run, tokens.lengths, num_ranks)
+        return _Data(corpora, encoders, tokens, packed, num_workers=0)
     # Ids that are needed once only are not worth the memory.
     again = config.run.num_epochs > 1 or not config.data.truncate
     cache: dict[int, Encoded] | None = {} if again else None
     for name, corpus in corpora.items():
         check_lengths(corpus, encoders[name], cache if name == "train" else None)
-    return _Data(corpora, encoders, cache, plan)
+    return _Data(corpora, encoders, cache, padded, config.data.num_workers)
 
 
 def _training_batches(data: _Data, engine: Engine, progress: Progress) -> Iterator[StepBatch]:
@@ -168,6 +178,7 @@ def _training_batches(data: _Data, engine: Engine, progress: Progress) -> Iterat
         engine.rank,
         engine.num_ranks,
         data.cache,
+        num_workers=data.num_workers,
     )
 
 
@@ -275,13 +286,21 @@ def _open_log(
     )
 
 
-def _note_skipped(corpora: dict[str, Corpus], log: RunLog) -> None:
-    for name, corpus in corpora.items():
+def _note_data(data: _Data, log: RunLog) -> None:
+    """What was passed over, and how well packed rows are filled."""
+    for name, corpus in data.corpora.items():
         if corpus.num_skipped:
             log.note(
                 f"data.{name}: {corpus.num_skipped} malformed line(s) of {corpus.path} skipped, "
                 f"{len(corpus)} used; first: {corpus.first_skipped}"
             )
+    if isinstance(data.plan, PackedPlan):
+        train = data.corpora["train"]
+        log.note(
+            f"data.train: {len(train)} sequences of {sum(data.plan.lengths)} tokens, "
+            f"{data.plan.steps_per_epoch} steps per epoch; {data.plan.empty_share:.2%} of the "
+            "token budget is empty"
+        )
 
 
 def _validation_batch(config: TrainConfig, data: _Data, engine: Engine) -> StepBatch | None:
@@ -290,5 +309,8 @@ def _validation_batch(config: TrainConfig, data: _Data, engine: Engine) -> StepB
         return None
     corpus = data.corpora["validation"]
     indices = list(range(min(config.run.eval_samples, len(corpus))))
-    dealt = deal(indices, config.run.per_device_train_batch_size, engine.rank, engine.num_ranks)
-    return make_step_batch(corpus, data.encoders["validation"], dealt)
+    encoder = data.encoders["validation"]
+    cache: dict[int, Encoded] = {}
+    lengths = [len(encode_cached(corpus, encoder, index, cache).ids) for index in indices]
+    dealt = deal(data.plan.cut(indices, lengths), engine.rank, engine.num_ranks)
+    return make_step_batch(corpus, encoder, dealt, cache, data.plan.collate)

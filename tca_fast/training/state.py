@@ -56,6 +56,8 @@ _FIXED_FIELDS = (
     "data.append_eos",
     "run.seed",
     "run.train_batch_size",
+    "run.train_batch_tokens",
+    "run.per_device_train_batch_tokens",
 )
 
 

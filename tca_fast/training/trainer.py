@@ -16,13 +16,14 @@ from tca_fast.checkpoint import Provenance
 from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
 from tca_fast.sparsity import FeatureAges
-from tca_fast.training.batches import BatchPlan, MicroBatch, StepBatch, to_device
+from tca_fast.training.batches import MicroBatch, StepBatch, to_device
 from tca_fast.training.checkpoints import step_of
 from tca_fast.training.data import Corpus
 from tca_fast.training.engine import Engine
 from tca_fast.training.interrupt import StopRequest
 from tca_fast.training.logs import RunLog
 from tca_fast.training.metrics import Moment, QueuedStep, StepMetrics, to_host
+from tca_fast.training.plans import Plan
 from tca_fast.training.schedule import learning_rate, warmup_steps
 from tca_fast.training.state import NotSaved, Progress, save_adapter, save_checkpoint
 
@@ -97,7 +98,7 @@ class Trainer:
         engine: Engine,
         streams: Streams,
         provenance: Provenance,
-        plan: BatchPlan,
+        plan: Plan,
         corpus: Corpus,
         progress: Progress,
         ages: FeatureAges,
@@ -145,7 +146,7 @@ class Trainer:
             batch.label_tokens,
             batch.real_tokens,
             batch.truncated,
-            sum(len(micro.input_ids) for micro in batch.micro_batches if micro.weight),
+            sum(micro_batch.num_sequences for micro_batch in batch.micro_batches),
             bool(batch.error),
             stop,
         )
@@ -219,6 +220,7 @@ class Trainer:
                 cutoffs,
                 label_tokens=label_tokens,
                 real_tokens=real_tokens,
+                packing=micro_batch.packing,
             )
             if backward:
                 is_last = position == len(micro_batches)
