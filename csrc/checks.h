@@ -1,7 +1,9 @@
 // Arguments that do not fit are reported by name; kernels behind these checks never look again.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -10,9 +12,19 @@
 #include <optional>
 #include <string>
 
+// The device whose operators a library holds: CPU or CUDA.
+#ifndef TCA_FAST_DEVICE
+#define TCA_FAST_DEVICE CPU
+#endif
+
 namespace tca_fast {
 
 using torch::stable::Tensor;
+
+constexpr const char* kDevice =
+    torch::headeronly::DeviceType::TCA_FAST_DEVICE == torch::headeronly::DeviceType::CPU
+        ? "CPU"
+        : "CUDA device";
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
@@ -29,7 +41,7 @@ inline void check_dimensions(
       tensor.dim() == dimensions, name, ": shape ", shape_of(tensor), ", expected ", expected);
 }
 
-// The tensor as a CPU tensor of the given shape, made contiguous.
+// The tensor as one of the library's device and of the given shape, made contiguous.
 inline Tensor checked(
     const char* name,
     const Tensor& tensor,
@@ -46,7 +58,9 @@ inline Tensor checked(
   STD_TORCH_CHECK(
       tensor.scalar_type() == dtype, name, ": dtype ", torch::headeronly::toString(tensor.scalar_type()),
       ", expected ", torch::headeronly::toString(dtype));
-  STD_TORCH_CHECK(tensor.is_cpu(), name, ": is not on the CPU");
+  STD_TORCH_CHECK(
+      tensor.device().type() == torch::headeronly::DeviceType::TCA_FAST_DEVICE, name,
+      ": is not on the ", kDevice);
   return torch::stable::contiguous(tensor);
 }
 

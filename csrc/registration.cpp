@@ -1,12 +1,27 @@
 // The only list of compiled operators. Their schemas, shape rules and gradients are in
-// tca_fast/registry.py; this file adds implementations for the devices it was compiled for.
+// tca_fast/registry.py; this file adds implementations, and is compiled once for each library:
+//
+//   tca_fast._C      what serves CPU tensors
+//   tca_fast._cuda   the CUDA kernels, in a namespace of their own (tca_fast/selection.py chooses)
 
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/operators.h"
+#include "operators.h"
 
-STABLE_TORCH_LIBRARY_IMPL(tca_fast, CPU, library) {
+#ifndef TCA_FAST_MODULE
+#define TCA_FAST_MODULE _C
+#define TCA_FAST_NAMESPACE tca_fast
+#define TCA_FAST_DEVICE CPU
+#endif
+// Names that are macros have to be expanded before they are pasted.
+#define TCA_FAST_IMPLEMENT(space, device, library) STABLE_TORCH_LIBRARY_IMPL(space, device, library)
+#define TCA_FAST_TEXT(name) #name
+#define TCA_FAST_NAME(name) TCA_FAST_TEXT(name)
+#define TCA_FAST_PASTE(prefix, name) prefix##name
+#define TCA_FAST_INITIALIZE(name) TCA_FAST_PASTE(PyInit_, name)
+
+TCA_FAST_IMPLEMENT(TCA_FAST_NAMESPACE, TCA_FAST_DEVICE, library) {
   library.impl("encode", TORCH_BOX(&tca_fast::encode));
   library.impl("encode_backward", TORCH_BOX(&tca_fast::encode_backward));
   library.impl("decode", TORCH_BOX(&tca_fast::decode));
@@ -16,7 +31,8 @@ STABLE_TORCH_LIBRARY_IMPL(tca_fast, CPU, library) {
 }
 
 // Importing the module is what loads the library.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+PyMODINIT_FUNC TCA_FAST_INITIALIZE(TCA_FAST_MODULE)() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, TCA_FAST_NAME(TCA_FAST_MODULE), nullptr, -1, nullptr};
   return PyModule_Create(&definition);
 }

@@ -3,9 +3,9 @@
 The dispatcher is the backend table (design §4.1): `reference` serves every device, and a faster
 backend takes a device over by registering for its dispatch key, as the compiled extension does for
 the CPU. CUDA devices may have several, and `selection` says which one computes a call, from what
-was measured. `torch.ops.tca_fast.*` are what is chosen; `torch.ops.tca_fast_reference.*` and
-`torch.ops.tca_fast_triton.*` are the same operators without a choice. All take a capacity for the
-packed active features, which `tca_fast.ops` works out.
+was measured. `torch.ops.tca_fast.*` are what is chosen; `torch.ops.tca_fast_reference.*`,
+`torch.ops.tca_fast_triton.*` and `torch.ops.tca_fast_cuda.*` are the same operators without a
+choice. All take a capacity for the packed active features, which `tca_fast.ops` works out.
 
 Shapes: T tokens, D model width, F features, C capacity.
 """
@@ -30,9 +30,19 @@ from tca_fast.selection import Call
 _BACKENDS = {
     "cpp": ("CPU", "tca_fast._C", "pip install --no-build-isolation tca_fast compiles it"),
     "triton": ("CUDA", "triton", "pip install triton"),
+    "cuda": (
+        "CUDA",
+        "tca_fast._cuda",
+        "TCA_FAST_CUDA=1 pip install --no-build-isolation tca_fast compiles it where nvcc is",
+    ),
 }
 # `cpp` is what the dispatcher takes for the CPU; it has no namespace of its own.
-_NAMESPACES = {"cpp": "tca_fast", "reference": "tca_fast_reference", "triton": "tca_fast_triton"}
+_NAMESPACES = {
+    "cpp": "tca_fast",
+    "reference": "tca_fast_reference",
+    "triton": "tca_fast_triton",
+    "cuda": "tca_fast_cuda",
+}
 _DISPATCHED = "tca_fast"
 # Dispatch keys under which a backend's own namespace may be registered.
 _ANY_DEVICE = "CompositeExplicitAutograd"
@@ -116,8 +126,9 @@ def backend(name: str) -> Iterator[None]:
     """Run the block's operators with one backend, for tests and benchmarks.
 
     Args:
-        name: "reference"; "cpp", the compiled CPU extension; or "triton", which needs a CUDA
-            device or Triton's interpreter (TRITON_INTERPRET=1 before the first import).
+        name: "reference"; "cpp", the compiled CPU extension; "cuda", the compiled CUDA kernels,
+            which need a CUDA device; or "triton", which needs one or Triton's interpreter
+            (TRITON_INTERPRET=1 before the first import).
 
     Raises:
         UserError: no such backend, or it is not installed, or nothing here can run it.
@@ -135,6 +146,8 @@ def backend(name: str) -> Iterator[None]:
             "backend: 'triton' needs a CUDA device and there is none; set TRITON_INTERPRET=1 to "
             "run its kernels in Triton's interpreter"
         )
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("backend: 'cuda' needs a CUDA device and there is none; choose another")
     before, _namespace = _namespace, _NAMESPACES[name]
     try:
         yield
@@ -335,10 +348,16 @@ _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 def _register(namespace: str, implementation: Callable[[str], Callable[..., Any]]) -> None:
+    _define(namespace)
+    for name in _SCHEMAS:
+        torch.library.impl(f"{namespace}::{name}", _ANY_DEVICE, implementation(name))
+
+
+def _define(namespace: str) -> None:
+    """The operators without an implementation."""
     for name, schema in _SCHEMAS.items():
         operator = f"{namespace}::{name}"
         torch.library.define(operator, schema)
-        torch.library.impl(operator, "CompositeExplicitAutograd", implementation(name))
         torch.library.register_fake(operator, _FAKES[name])
         if name in _GRADIENTS:
             backward, save = _GRADIENTS[name]
@@ -415,9 +434,11 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Call:
 _namespace = _DISPATCHED
 _register(_DISPATCHED, _reference)
 _register(_NAMESPACES["reference"], _reference)
-# Absent, the reference serves; present but broken, the ImportError comes out.
-if importlib.util.find_spec("tca_fast._C"):
-    importlib.import_module("tca_fast._C")
+_define(_NAMESPACES["cuda"])
+# Absent, others serve; present but broken, the ImportError comes out.
+for _name in ("tca_fast._C", "tca_fast._cuda"):
+    if importlib.util.find_spec(_name):
+        importlib.import_module(_name)
 if importlib.util.find_spec("triton"):
     _register(_NAMESPACES["triton"], _triton)
 for _name in _SCHEMAS:

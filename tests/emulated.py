@@ -16,7 +16,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 _FOLDERS = [ROOT / "csrc", ROOT / "csrc/cuda", ROOT / "tests/cuda_emulation"]
-_TORCH = Path(torch.__file__).parent / "include"
+_TORCH = Path(torch.__file__).parent
 COMPILER = os.environ.get("CXX", "c++")
 # Undefined behaviour, such as a shift by 32, is an illegal instruction, which the emulator reports.
 _FLAGS = [
@@ -33,7 +33,7 @@ def built(source: str, *flags: str) -> Path:
     """
     headers = [p for folder in _FOLDERS for p in folder.rglob("*.*") if p.suffix[1:] in _SOURCES]
     command = [*COMPILER.split(), *_FLAGS, *flags, *(f"-I{folder}" for folder in _FOLDERS)]
-    command += ["-isystem", str(_TORCH), "-isystem", str(_TORCH / "torch/csrc/api/include")]
+    command += ["-isystem", str(_TORCH / "include"), "-DTORCH_TARGET_VERSION=0x020b000000000000"]
     digest = hashlib.sha256(f"{command} {source} {torch.__version__}".encode())
     for path in sorted(set(headers)):
         digest.update(str(path).encode() + path.read_bytes())
@@ -42,6 +42,7 @@ def built(source: str, *flags: str) -> Path:
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")
         command += [str(ROOT / "tests/cuda_emulation" / source), "-o", str(unfinished)]
+        command += [f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(f"{source} does not compile:\n{run.stderr}")

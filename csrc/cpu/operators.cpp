@@ -6,7 +6,7 @@
 // fire than fit, and then the backward computes them again from x. So results do not depend on the
 // room, and nothing is ever dropped.
 
-#include "operators.h"
+#include "../operators.h"
 
 #include "arguments.h"
 #include "dense.h"
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> encode(
   const Tensor b_enc = checked("b_enc", b_enc_, {in.F}, in.dtype);
   check_k(k, in.F);
   check_capacity(capacity);
-  const Tensor z = in.encoder_product();
+  const Tensor z = product(in.x, transposed(in.W_enc));
   return dispatch(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Packed<T> packed(scan(pointer<T>(z), pointer<T>(b_enc), k, in.num_tokens, in.F));
@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
   const std::optional<Tensor> b_dec = checked("b_dec", b_dec_, {D}, in.dtype);
   check_capacity(capacity);
 
-  const Tensor z = in.encoder_product();
+  const Tensor z = product(in.x, transposed(in.W_enc));
   Tensor l1 = make({}, sum_type(in.dtype)), l0 = make({num_tokens}, kFeature);
   Tensor fired = make({F}, kMask), y, row_ptr, feature, value;
   dispatch(in.dtype, [&](auto* type) {
@@ -258,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
         features = torch::stable::reshape(
             checked("value", value, {num_tokens * F}, in.dtype), {num_tokens, F});
       } else {
-        features = in.encoder_product();
+        features = product(in.x, transposed(in.W_enc));
         std::vector<int64_t> starts(num_tokens + 1);
         activate_dense<T>(
             output<T>(features), pointer<T>(in.b_enc), nullptr, k, nullptr, starts.data(), {},

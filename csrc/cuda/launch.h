@@ -25,7 +25,7 @@
 
 namespace tca_fast::cuda {
 
-constexpr int kWarpSize = 32;
+constexpr int kWarpSize = 32, kMostWarps = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
 // More shared memory than this has to be asked for.
 constexpr size_t kSharedByDefault = 48 << 10;

@@ -11,7 +11,7 @@
 
 namespace tca_fast::cuda {
 
-// Numbers of type T in 16 bytes, the widest load of a thread.
+// Numbers of type T in 16 bytes, the widest load of a thread: eight, or four of float.
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
 
@@ -20,7 +20,7 @@ struct alignas(16) Vector {
   T item[kVector<T>];
 };
 
-// Eight numbers from an address that is a multiple of 16 bytes (four of float).
+// A vector from an address that is a multiple of 16 bytes.
 template <typename T>
 __device__ __forceinline__ Vector<T> load16(const T* address) {
   Vector<T> vector;
@@ -44,11 +44,48 @@ __device__ __forceinline__ void store16(T* address, const Vector<T>& vector) {
 #endif
 }
 
-// Whether rows of `width` numbers of type T, one behind the other, all start on 16 bytes.
-template <typename T>
-__host__ __device__ constexpr bool fills_vectors(int64_t width) {
-  return width % kVector<T> == 0;
-}
+// V consecutive numbers: a vector, or one number where rows do not all start on 16 bytes.
+template <typename T, int V>
+struct Numbers {
+  static_assert(V == 1 || V == kVector<T>);
+  T item[V];
+
+  static __device__ __forceinline__ Numbers load(const T* address) {
+    Numbers numbers;
+    if constexpr (V == 1) {
+      numbers.item[0] = *address;
+    } else {
+      const Vector<T> vector = load16(address);
+      for (int i = 0; i < V; ++i) {
+        numbers.item[i] = vector.item[i];
+      }
+    }
+    return numbers;
+  }
+
+  static __device__ __forceinline__ Numbers zeros() {
+    Numbers numbers;
+    for (int i = 0; i < V; ++i) {
+      numbers.item[i] = T(0.0f);
+    }
+    return numbers;
+  }
+
+  // Rounds each float once.
+  static __device__ __forceinline__ void store(T* address, const float (&values)[V]) {
+    if constexpr (V == 1) {
+      *address = T(values[0]);
+    } else {
+      Vector<T> vector;
+      for (int i = 0; i < V; ++i) {
+        vector.item[i] = T(values[i]);
+      }
+      store16(address, vector);
+    }
+  }
+
+  __device__ __forceinline__ float operator[](int i) const { return static_cast<float>(item[i]); }
+};
 
 // Whether a pre-activation leaves something behind: a NaN does, so that it stays visible.
 __host__ __device__ __forceinline__ bool is_active(float z) { return !(z <= 0); }

@@ -14,6 +14,27 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// The sums over the warp's lanes of N values, N a power of 2: that of values[i] in the lanes that are
+// i modulo N. Half of the values change hands in each step, so N - 1 + log2(32 / N) exchanges do.
+template <int N>
+__device__ __forceinline__ float warp_sums(float (&values)[N]) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int half = N / 2; half > 0; half /= 2) {
+    const bool keeps_upper = lane & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float given = keeps_upper ? values[i] : values[i + half];
+      const float kept = keeps_upper ? values[i + half] : values[i];
+      values[i] = kept + __shfl_xor_sync(kAllLanes, given, half);
+    }
+  }
+  for (int distance = N; distance < kWarpSize; distance *= 2) {
+    values[0] += __shfl_xor_sync(kAllLanes, values[0], distance);
+  }
+  return values[0];
+}
+
 // The sum over the warp's lanes up to and including this one.
 template <typename T>
 __device__ __forceinline__ T warp_inclusive_scan(T value) {
@@ -25,18 +46,18 @@ __device__ __forceinline__ T warp_inclusive_scan(T value) {
   return value;
 }
 
-// The sum over a block of WARPS whole warps, in every thread. Ends with a barrier's guarantee that
-// it may be called again at once.
-template <int WARPS, typename T>
+// The sum over a block of whole warps, in every thread; it may be called again at once.
+template <typename T>
 __device__ __forceinline__ T block_sum(T value) {
-  SHARED_ARRAY(T, sums, WARPS);
+  SHARED_ARRAY(T, sums, kMostWarps);
+  const int num_warps = blockDim.x / kWarpSize;
   value = warp_sum(value);
   if (threadIdx.x % kWarpSize == 0) {
     sums[threadIdx.x / kWarpSize] = value;
   }
   __syncthreads();
   value = T(0);
-  for (int warp = 0; warp < WARPS; ++warp) {
+  for (int warp = 0; warp < num_warps; ++warp) {
     value += sums[warp];
   }
   __syncthreads();
@@ -44,9 +65,10 @@ __device__ __forceinline__ T block_sum(T value) {
 }
 
 // The sum over the threads of a block before this one; `total` becomes the sum over all.
-template <int WARPS, typename T>
+template <typename T>
 __device__ __forceinline__ T block_exclusive_scan(T value, T& total) {
-  SHARED_ARRAY(T, sums, WARPS);
+  SHARED_ARRAY(T, sums, kMostWarps);
+  const int num_warps = blockDim.x / kWarpSize;
   const T inclusive = warp_inclusive_scan(value);
   const int warp = threadIdx.x / kWarpSize;
   if (threadIdx.x % kWarpSize == kWarpSize - 1) {
@@ -55,7 +77,7 @@ __device__ __forceinline__ T block_exclusive_scan(T value, T& total) {
   __syncthreads();
   T before = T(0);
   total = T(0);
-  for (int other = 0; other < WARPS; ++other) {
+  for (int other = 0; other < num_warps; ++other) {
     before += other < warp ? sums[other] : T(0);
     total += sums[other];
   }

@@ -1,4 +1,5 @@
-// The operators of tca_fast/registry.py for CPU tensors; see there for what they mean.
+// The operators of tca_fast/registry.py, for the device that a library is compiled for; see there for
+// what they mean.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
