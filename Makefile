@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.tca_fast
 
-.PHONY: demo test test-long drill sanitize bench gpu lint clean
+.PHONY: demo docs test test-long drill sanitize bench gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tca-fast demo
@@ -52,6 +52,10 @@ gpu:
 		$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
 	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT)
 
+# The documentation site, in build/site; a link that leads nowhere is an error.
+docs: $(INSTALLED)
+	$(BIN)/python -m mkdocs build --strict
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,7 +67,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[deepspeed,triton,test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[deepspeed,triton,docs,test]"
 	touch $@
 
 clean:

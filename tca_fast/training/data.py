@@ -218,7 +218,11 @@ def _parse(line: bytes, number: int) -> Conversation:
         raise _BadLine(f"holds a JSON {type(record).__name__}, not an object")
     turns = record.get("conversations")
     if not isinstance(turns, list) or len(turns) < 2:
-        raise _BadLine("'conversations' is not a list with a user and an assistant turn")
+        raise _BadLine(
+            "'conversations' is not a list with a user and an assistant turn, as in "
+            '{"conversations": [{"from": "user", "value": "…"}, '
+            '{"from": "assistant", "value": "…"}]}'
+        )
     domain = record.get("domain", "")
     return Conversation(
         _turn_text(turns, 0, "user"),
