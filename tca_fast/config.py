@@ -173,6 +173,8 @@ class RunConfig(_Config):
         eval_samples: validation sequences used by each validation.
         save_total_limit: checkpoints kept.
         dead_after_tokens: tokens without firing after which a feature counts as dead.
+        hang_seconds: with several ranks, seconds without any movement after which the rank that the
+            others wait for is named on stderr; 0 never looks.
         report_to: loggers beside the JSONL log.
         run_name: shown by those loggers.
         resume_from_checkpoint: a checkpoint directory, or "latest" in `output_dir`.
@@ -193,6 +195,7 @@ class RunConfig(_Config):
     save_steps: int = Field(default=1000, ge=0)
     save_total_limit: int = Field(default=2, ge=1)
     dead_after_tokens: int = Field(default=1_000_000, ge=1)
+    hang_seconds: float = Field(default=600.0, ge=0)
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     run_name: str | None = None
     resume_from_checkpoint: str | None = None

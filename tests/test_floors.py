@@ -16,6 +16,7 @@ FLOORS = {
     "config": 0,
     "reference": 0,
     "durable": 0,
+    "pages": 0,
     "kernels": 0,
     "registry": 1,
     "selection": 1,

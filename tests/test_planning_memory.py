@@ -6,7 +6,7 @@ docs/planning.md has the table of a whole run.
 import pytest
 from planned_memory import CASES, measure, planned
 
-SHORT = ("shallow", "ZeRO-2, 2 ranks")
+SHORT = ("shallow", "long, checkpointed")
 #: Relative; what the issue of a plan is: to know whether a run fits.
 ALLOWED = 0.15
 

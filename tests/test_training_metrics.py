@@ -16,7 +16,8 @@ from tca_fast.training.batches import collate, to_device
 from tca_fast.training.data import Encoded
 from tca_fast.training.engine import LocalEngine
 from tca_fast.training.logs import RunLog
-from tca_fast.training.metrics import Moment, to_host
+from tca_fast.training.metrics import to_host
+from tca_fast.training.phases import Moment
 from tca_fast.training.run import train
 from tca_fast.training.trainer import Trainer
 

@@ -120,8 +120,13 @@ def packed_overrides(cache: Path) -> list[str]:
     ]
 
 
+_OF_THE_MACHINE = ("tokens_per_second", "seconds_left", "time/", "memory/")
+
+
 def records(output_dir: Path, split: str = "train") -> list[dict]:
-    """The log without the one figure that depends on the clock."""
+    """The log without the figures that depend on clock and machine."""
     lines = (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
     found = [record for record in map(json.loads, lines) if record["split"] == split]
-    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in found]
+    return [
+        {k: v for k, v in record.items() if not k.startswith(_OF_THE_MACHINE)} for record in found
+    ]

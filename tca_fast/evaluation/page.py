@@ -12,6 +12,7 @@ import yaml
 
 from tca_fast.evaluation.figures import chart_svg
 from tca_fast.evaluation.report import ModelResult, RunReport
+from tca_fast.pages.document import cards, document, folded
 
 _DESCRIPTIONS = {
     "base": "the MLP donor, before tuning",
@@ -21,78 +22,22 @@ _DESCRIPTIONS = {
 }
 
 _CSS = """
-:root { --ink: #1f2430; --soft: #626a7a; --line: #e4e7ec; --paper: #fff; --wash: #f7f8fa;
-  --base: #8b93a1; --hybrid: #e0863a; --adapter: #0b8f87; --target: #3b3f8f; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--wash); color: var(--ink); font: 16px/1.55 system-ui,
-  -apple-system, "Segoe UI", "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
-main { max-width: 1200px; margin: 0 auto; padding: 48px 28px 72px; }
-h1 { font-size: 30px; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 10px; }
-h2 { font-size: 19px; letter-spacing: -.005em; margin: 52px 0 14px; }
-.lead { font-size: 18px; color: #3d4453; max-width: 780px; margin: 0; }
-.note { color: var(--soft); font-size: 14px; max-width: 860px; margin: 10px 0 0; }
-.gap { margin: -6px 0 16px; }
-.cards { display: grid; grid-template-columns: repeat(4, 1fr); gap: 16px; margin-top: 30px; }
-.card { background: var(--paper); border: 1px solid var(--line); border-radius: 12px;
-  padding: 18px 20px; }
-.card b { display: block; font-size: 28px; font-weight: 650; letter-spacing: -.02em;
-  line-height: 1.2; font-variant-numeric: tabular-nums; }
-.card b small { font-size: 15px; font-weight: 500; color: var(--soft); letter-spacing: 0; }
-.card span { color: var(--soft); font-size: 14px; }
-.panel { background: var(--paper); border: 1px solid var(--line); border-radius: 12px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 11px 12px; font-size: 15px; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-tr:last-child td, tr:last-child th { border-bottom: 0; }
-th:first-child { padding-left: 20px; } td:last-child, th:last-child { padding-right: 20px; }
-thead th { font-size: 13px; line-height: 1.35; font-weight: 600; color: var(--soft);
-  vertical-align: bottom; }
-th:first-child { text-align: left; }
-tbody th { font-weight: 600; }
-tbody th small { display: block; font-weight: 400; color: var(--soft); font-size: 13px; }
-tbody th i { display: inline-block; width: 10px; height: 10px; border-radius: 3px;
-  margin-right: 8px; }
-tr.adapter { background: #f0faf9; }
-td small { color: var(--soft); }
-.charts { display: grid; grid-template-columns: repeat(3, 1fr); gap: 16px; }
-.charts figure { margin: 0; padding: 14px 12px 8px; }
-.charts svg { display: block; width: 100%; height: auto; }
 .problem { padding: 18px 20px 20px; margin-bottom: 16px; }
 .problem > p { margin: 0 0 12px; }
 .problem code { font-size: 15px; }
 .responses { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; }
 .responses h3 { font-size: 14px; margin: 0 0 6px; display: flex; gap: 8px; align-items: baseline; }
 .responses h3 span { font-weight: 400; color: var(--soft); }
-pre, code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-pre { font-size: 12.5px; line-height: 1.5; margin: 0; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
 .responses pre { background: var(--wash); border-radius: 8px; padding: 10px 12px;
   border-left: 3px solid; max-height: 340px; overflow-y: auto; }
 .right { color: #0a7a54; } .wrong { color: #b3382c; }
-details { padding: 14px 20px; margin-bottom: 12px; }
-summary { cursor: pointer; font-weight: 600; }
-details pre { margin-top: 12px; }
-@media (max-width: 860px) { .cards, .responses { grid-template-columns: 1fr 1fr; }
-  .charts { grid-template-columns: 1fr; } }
+@media (max-width: 860px) { .responses { grid-template-columns: 1fr 1fr; } }
 """
 
 
 def render_page(report: RunReport) -> str:
     """The whole page as text."""
-    title = escape(report.title)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{_CSS}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-<p class="lead">{_summary(report)}</p>
+    body = f"""<p class="lead">{_summary(report)}</p>
 {_cards(report)}
 <h2>Four models, same text, same problems</h2>
 {_model_table(report)}
@@ -103,11 +48,8 @@ def render_page(report: RunReport) -> str:
 {_nmse_table(report)}
 {_samples(report)}
 <h2>How it was made</h2>
-{_details(report)}
-</main>
-</body>
-</html>
-"""
+{_details(report)}"""
+    return document(report.title, body, _CSS)
 
 
 def _summary(report: RunReport) -> str:
@@ -126,25 +68,17 @@ def _cards(report: RunReport) -> str:
     adapter = report.model("adapter")
     mean_l0, share = adapter.faithfulness.mean_l0, report.active_share
     active = "–" if mean_l0 is None else f"{mean_l0:.1f} <small>of {report.num_features:,}</small>"
-    cards = (
+    return cards(
         (
-            f"{_percent(report.accuracy_recovered)} "
-            f"<small>± {_percent(report.accuracy_recovered_se())}</small>",
-            "of the accuracy gain recovered",
-        ),
-        (active, f"features active per token and layer ({_percent(share or 0, 2)})"),
-        (f"{adapter.faithfulness.kl:.4f}", "KL to the target, nats per token"),
-        (f"{report.length_ratio:.2f} ×", "the target’s mean response length"),
-    )
-    return "".join(
-        [
-            '<div class="cards">',
-            *(
-                f'<div class="card"><b>{value}</b><span>{what}</span></div>'
-                for value, what in cards
+            (
+                f"{_percent(report.accuracy_recovered)} "
+                f"<small>± {_percent(report.accuracy_recovered_se())}</small>",
+                "of the accuracy gain recovered",
             ),
-            "</div>",
-        ]
+            (active, f"features active per token and layer ({_percent(share or 0, 2)})"),
+            (f"{adapter.faithfulness.kl:.4f}", "KL to the target, nats per token"),
+            (f"{report.length_ratio:.2f} ×", "the target’s mean response length"),
+        )
     )
 
 
@@ -262,16 +196,12 @@ def _details(report: RunReport) -> str:
     environment = "\n".join(f"{key}: {value}" for key, value in report.environment.items())
     seconds = "\n".join(f"{key}: {value:.1f} s" for key, value in report.seconds.items())
     config = yaml.safe_dump(dict(report.config), sort_keys=False, allow_unicode=True)
-    blocks = (
-        ("Time taken", seconds, " open"),
-        ("Machine, versions, backends", environment, " open"),
-        ("Configuration", config if report.config else "", ""),
-    )
-    return "".join(
-        f'<details class="panel"{state}><summary>{title}</summary>'
-        f"<pre>{escape(text)}</pre></details>"
-        for title, text, state in blocks
-        if text
+    return folded(
+        (
+            ("Time taken", seconds, True),
+            ("Machine, versions, backends", environment, True),
+            ("Configuration", config if report.config else "", False),
+        )
     )
 
 

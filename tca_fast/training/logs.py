@@ -2,7 +2,8 @@
 
 Every line of `log.jsonl` is an object with `step` (optimizer steps done), `split` ("train" or
 "validation") and figures of the global batch of that step, or of the validation sequences.
-A step's line is written when the next step has been queued, see `metrics`.
+A step's line is written when the next step has been queued, see `metrics`; `time/…` are the shares
+of the phases since the line before it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tca_fast.errors import UserError
 
 LOG_NAME = "log.jsonl"
 PROJECT = "tca_fast"
-_SHOWN = ("loss", "kl", "nmse", "l0")
+_SHOWN = ("loss", "kl", "nmse", "l0", "dead", "GiB", "data %", "backward %")
 
 
 class Reporter(Protocol):
@@ -127,16 +128,14 @@ class RunLog:
     def progress(self, figures: dict[str, float], tokens_per_second: float) -> None:
         """Move the progress bar by one step."""
         if self._bar is not None:
-            shown = {name: f"{figures[name]:.4g}" for name in _SHOWN if name in figures}
+            shown = {name: f"{figures[name]:.3g}" for name in _SHOWN if name in figures}
             self._bar.set_postfix({**shown, "tok/s": f"{tokens_per_second:.0f}"}, refresh=False)
             self._bar.update()
 
     def note(self, text: str) -> None:
         """Say something on stderr without breaking the progress bar."""
         if self._json is not None:
-            from tqdm import tqdm
-
-            tqdm.write(text, file=sys.stderr)
+            print_line(text)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -146,6 +145,13 @@ class RunLog:
             reporter.close()
         if self._json is not None:
             self._json.close()
+
+
+def print_line(text: str) -> None:
+    """Print on stderr from any rank and thread, without breaking a progress bar."""
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
 
 
 def _progress_bar(done: int, total: int) -> Any:

@@ -9,8 +9,7 @@ fetches the next batch.
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,29 +20,8 @@ from tca_fast.errors import UserError
 from tca_fast.training.checkpoints import checkpoints
 from tca_fast.training.data import Corpus
 from tca_fast.training.logs import RunLog
+from tca_fast.training.phases import Mark, Moment, peak_memory, seconds_by_phase
 from tca_fast.training.plans import Plan
-
-
-class Moment:
-    """A point in the work of a device: now on the CPU, an event in the queue of a GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event(enable_timing=True)
-            self._event.record(torch.cuda.current_stream(device))
-        self._time = time.perf_counter()
-
-    def wait(self) -> None:
-        """Return once the device has come as far; work queued later is not waited for."""
-        if self._event is not None:
-            self._event.synchronize()
-
-    def seconds_since(self, earlier: Moment) -> float:
-        """Seconds of the device between two moments; both must have been reached."""
-        if self._event is not None and earlier._event is not None:
-            return earlier._event.elapsed_time(self._event) / 1000
-        return self._time - earlier._time
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -68,6 +46,7 @@ class QueuedStep:
         real_tokens, sequences, truncated: of its global batch.
         tokens_seen, sequences_seen: of the run so far, with this step.
         began, ended: around its work; `ended` comes after the copies.
+        marks: phases since the step before it ended, the last of them at `ended`.
     """
 
     step: int
@@ -83,22 +62,38 @@ class QueuedStep:
     sequences_seen: int
     began: Moment
     ended: Moment
+    marks: tuple[Mark, ...] = ()
 
 
 @dataclass
 class _Speed:
-    """Real tokens and the seconds of their steps; validation and saving do not count."""
+    """Real tokens and the seconds of their steps, and the seconds of every phase."""
 
     seconds: float = 0.0
     tokens: int = 0
+    steps: int = 0
+    phases: dict[str, float] = field(default_factory=dict)
 
-    def add(self, tokens: int, seconds: float) -> None:
-        self.tokens += tokens
-        self.seconds += seconds
+    def add(self, step: QueuedStep) -> None:
+        self.seconds += step.ended.seconds_since(step.began)
+        self.tokens += step.real_tokens
+        self.steps += 1
+        for phase, seconds in seconds_by_phase(step.marks).items():
+            self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
     @property
     def tokens_per_second(self) -> float:
+        """Of the steps alone; validation and saving do not count."""
         return self.tokens / max(self.seconds, 1e-9)
+
+    def seconds_left(self, steps: int) -> float:
+        """For so many steps more, with everything between them."""
+        return steps * sum(self.phases.values()) / max(self.steps, 1)
+
+    def shares(self) -> dict[str, float]:
+        """Share of the time that each phase took; together 1."""
+        total = max(sum(self.phases.values()), 1e-9)
+        return {f"time/{phase}": seconds / total for phase, seconds in self.phases.items()}
 
 
 class StepMetrics:
@@ -174,11 +169,24 @@ class StepMetrics:
                 self._queued = None
                 raise self.diverged(step.step, f"the {what} is {value}")
         for speed in (self._since_log, self._since_start):
-            speed.add(step.real_tokens, step.ended.seconds_since(step.began))
-        self.log.progress(figures, self._since_start.tokens_per_second)
+            speed.add(step)
+        self.log.progress(self._shown(step, figures), self._since_start.tokens_per_second)
         if step.step % self.config.run.logging_steps == 0 or step.step == self.total_steps:
             self.log.log("train", step.step, self._record(step, figures, grad_norm))
             self._since_log = _Speed()
+
+    def _shown(self, step: QueuedStep, figures: dict[str, float]) -> dict[str, float]:
+        """The figures with what a progress bar says beside them."""
+        shares = self._since_start.shares()
+        return {
+            **figures,
+            "dead": float(step.dead_features.sum()),
+            "GiB": peak_memory(step.ended.device) / 2**30,
+            **{
+                f"{phase} %": 100 * shares.get(f"time/{phase}", 0.0)
+                for phase in ("data", "backward")
+            },
+        }
 
     def _record(
         self, step: QueuedStep, figures: dict[str, float], grad_norm: float
@@ -195,4 +203,7 @@ class StepMetrics:
             "tokens_seen": step.tokens_seen,
             "sequences_seen": step.sequences_seen,
             "tokens_per_second": self._since_log.tokens_per_second,
+            "memory/peak_bytes": peak_memory(step.ended.device),
+            "seconds_left": self._since_start.seconds_left(self.total_steps - step.step),
+            **self._since_log.shares(),
         }

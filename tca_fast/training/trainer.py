@@ -20,9 +20,11 @@ from tca_fast.training.batches import MicroBatch, StepBatch, to_device
 from tca_fast.training.checkpoints import step_of
 from tca_fast.training.data import Corpus
 from tca_fast.training.engine import Engine
+from tca_fast.training.heartbeat import Heartbeat, Watch
 from tca_fast.training.interrupt import StopRequest
-from tca_fast.training.logs import RunLog
-from tca_fast.training.metrics import Moment, QueuedStep, StepMetrics, to_host
+from tca_fast.training.logs import RunLog, print_line
+from tca_fast.training.metrics import QueuedStep, StepMetrics, to_host
+from tca_fast.training.phases import Phases
 from tca_fast.training.plans import Plan
 from tca_fast.training.schedule import learning_rate, warmup_steps
 from tca_fast.training.state import NotSaved, Progress, save_adapter, save_checkpoint
@@ -113,6 +115,8 @@ class Trainer:
         self.num_warmup = warmup_steps(progress.total_steps, config.optimizer.warmup_ratio)
         self.metrics = StepMetrics(config, plan, corpus, progress.total_steps, log)
         self.saved: Path | None = None
+        self.heartbeat = Heartbeat(self.output_dir, engine.rank)
+        self.phases = Phases(engine.device, self._tell)
 
     def run(self, batches: Iterator[StepBatch]) -> TrainResult:
         """Train on `batches`, one per remaining optimizer step, then save the adapters.
@@ -120,9 +124,9 @@ class Trainer:
         Raises:
             UserError: a sequence that is too long, a loss that is not finite, a full disk.
         """
-        with StopRequest() as stop:
+        with StopRequest() as stop, self.heartbeat, self._watch():
             try:
-                for batch in batches:
+                for batch in self._fetched(batches):
                     totals = self._totals(batch, stop.requested)
                     if totals.stops:
                         break
@@ -135,11 +139,29 @@ class Trainer:
             interrupted = self.progress.step < self.progress.total_steps
             if interrupted and not self._is_saved():
                 self._save()
-        adapter = None if interrupted else self.output_dir / "adapter"
-        if adapter is not None:
-            save_adapter(adapter, self.engine, self.streams.adapted, self.provenance)
+            adapter = None if interrupted else self.output_dir / "adapter"
+            if adapter is not None:
+                self.phases.enter("saving")
+                save_adapter(adapter, self.engine, self.streams.adapted, self.provenance)
+            self.phases.enter("end")
         done = self.progress
         return TrainResult(done.step, done.total_steps, interrupted, self.saved, adapter)
+
+    def _tell(self, phase: str) -> None:
+        self.heartbeat.beat(self.progress.step, phase)
+
+    def _watch(self) -> Watch:
+        engine = self.engine
+        seconds = self.config.run.hang_seconds
+        return Watch(self.output_dir, engine.rank, engine.num_ranks, seconds, print_line)
+
+    def _fetched(self, batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
+        """The batches; the time until each is there counts as "data"."""
+        self.phases.enter("data")
+        for batch in batches:
+            self.phases.enter("waiting")
+            yield batch
+            self.phases.enter("data")
 
     def _totals(self, batch: StepBatch, stop: bool) -> _Totals:
         own = _Totals(
@@ -166,13 +188,14 @@ class Trainer:
                 engine waits for it, was not finite.
         """
         config, progress = self.config, self.progress
-        began = Moment(self.engine.device)
+        began = self.phases.enter("forward")
         cutoffs = sample_cutoffs(
             config.objective, self.streams.num_layers, seed=config.run.seed, step=progress.step
         )
         sums = self._accumulate(batch.micro_batches, cutoffs, totals[:2], backward=True)
         peak = config.optimizer.learning_rate
         rate = learning_rate(progress.step, peak, progress.total_steps, self.num_warmup)
+        self.phases.enter("optimizer")
         try:
             norm = self.engine.apply(rate, sums.loss)
         except FloatingPointError as error:
@@ -195,7 +218,8 @@ class Trainer:
             tokens_seen=progress.tokens_seen,
             sequences_seen=progress.sequences_seen,
             began=began,
-            ended=Moment(self.engine.device),
+            ended=self.phases.enter("logging"),
+            marks=self.phases.take(),
         )
         self.metrics.queue(queued)
 
@@ -224,7 +248,10 @@ class Trainer:
             )
             if backward:
                 is_last = position == len(micro_batches)
+                self.phases.enter("backward")
                 self.engine.backward(output.loss * micro_batch.weight, is_last)
+                if not is_last:
+                    self.phases.enter("forward")
             names = tuple(output.metrics)
             share = torch.stack([value.double() for value in output.metrics.values()])
             share = share * micro_batch.weight
@@ -250,6 +277,7 @@ class Trainer:
         that validations can be compared. Feature ages stay as they are.
         """
         self.metrics.settle()
+        self.phases.enter("validation")
         objective, num_layers = self.config.objective, self.streams.num_layers
         cutoffs = [num_layers // 2] if objective.cutoffs == "uniform" else list(objective.cutoffs)
         if objective.num_cutoffs == 0 or objective.lambda_bridge == 0:
@@ -277,6 +305,7 @@ class Trainer:
     def _save(self) -> None:
         # Not before the step is known to be finite.
         self.metrics.settle()
+        self.phases.enter("saving")
         self.saved = save_checkpoint(
             self.output_dir,
             self.config,

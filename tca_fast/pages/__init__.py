@@ -1,0 +1,1 @@
+"""What every page of this package shares: one HTML file that loads nothing, charts as SVG."""
