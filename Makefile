@@ -5,13 +5,27 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.tca_fast
 
-.PHONY: demo docs test test-long drill sanitize bench gpu lint clean
+.PHONY: demo docs test test-transformers test-long drill sanitize bench gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tca-fast demo
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(MAKE) test-transformers
+
+# The parity suite once more, with the lowest transformers that is supported. The environment borrows
+# everything else from the first one.
+LOWEST := build/lowest
+test-transformers: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest tests/test_architectures.py -n auto -p no:cacheprovider
+
+$(LOWEST)/.installed: constraints-lowest.txt $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(LOWEST)
+	$(BIN)/python -m pip --python $(LOWEST) install --quiet -r constraints-lowest.txt
+	$(BIN)/python -c "import site; print('import site; site.addsitedir(%r)' % site.getsitepackages()[0])" \
+		> $$(echo $(LOWEST)/lib/python3*/site-packages)/borrowed.pth
+	touch $@
 
 # Ten thousand random cases of every random test for the C++ backend and 500 for the others, with
 # their count, and the cases marked slow, which need 9 GB and run one after another.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_bridging_shared import assert_steps_agree
 from tiny import batch, randomise
-from zoo import ZOO, make
+from zoo import README, ZOO, make, readme_with_table
 
 import tca_fast
 from tca_fast.bridging.streams import build_streams
@@ -176,3 +176,8 @@ def test_recorded_features_are_those_of_every_step(family):
         whole = recording.layer(layer)
         assert isinstance(whole, ActiveFeatures)
         assert whole.num_tokens == 10 + 2 * (NEW_TOKENS - 1)
+
+
+def test_the_readme_lists_what_is_covered():
+    text = README.read_text(encoding="utf-8")
+    assert text == readme_with_table(text), "run python tests/zoo.py"

@@ -4,6 +4,7 @@ Each is as its family's defaults make it, with what sets it apart switched on: w
 the test's sequences, soft-caps and scales far from 1. The README's table is made of this one.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -111,3 +112,24 @@ def make(
         **{**SHAPE, "num_hidden_layers": num_layers, **entry.settings}
     )
     return random_model(getattr(transformers, entry.model), config, seed).to(dtype)
+
+
+def table() -> str:
+    """The rows of `ZOO` in Markdown."""
+    rows = [f"| {a.family} | `{a.model}` | {a.apart} |" for a in ZOO.values()]
+    return "\n".join(["| architecture | class | beside Llama's parts |", "|---|---|---|", *rows])
+
+
+def readme_with_table(readme: str) -> str:
+    """The README with the table of this zoo between its marks."""
+    before, _, rest = readme.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}\n{table()}\n{_END}{after}"
+
+
+README = Path(__file__).parents[1] / "README.md"
+_BEGIN = "<!-- architectures: written by python tests/zoo.py -->"
+_END = "<!-- end of architectures -->"
+
+if __name__ == "__main__":
+    README.write_text(readme_with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
