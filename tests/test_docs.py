@@ -31,15 +31,19 @@ def folder(tmp_path, monkeypatch):
 def stand_ins(folder: Path) -> None:
     """What the README says the tests put in the place of large models and a long run."""
     from tiny import tiny_qwen2
+    from tiny_pair import character_tokenizer
 
     import tca_fast
     from tca_fast.bridging.streams import build_streams
     from tca_fast.checkpoint import Provenance
 
     tiny_qwen2(num_hidden_layers=4).save_pretrained(folder / "Qwen" / "Qwen2.5-Math-7B")
-    for name, seed in (("base", 1), ("target", 2)):
-        tiny_qwen2(seed).save_pretrained(folder / name)
-    streams = build_streams(tiny_qwen2(1), tiny_qwen2(2), tca_fast.AdapterConfig(num_features=9))
+    tokenizer = character_tokenizer()
+    base, target = (tiny_qwen2(seed, vocab_size=len(tokenizer)) for seed in (1, 2))
+    for name, model in (("base", base), ("target", target)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    streams = build_streams(base, target, tca_fast.AdapterConfig(num_features=9))
     names = Provenance(str(folder / "base"), None, str(folder / "target"), None, "target")
     streams.adapted.save_pretrained(folder / "runs" / "mine" / "adapter", names)
 
