@@ -70,7 +70,23 @@ def main() -> None:
         train(load_config(config, checkpointed), deepspeed, show_progress=False)
     packed = [*packed_overrides(config.parent / "cache"), f"run.output_dir={config.parent}/packed2"]
     train(load_config(config, packed), settings(config.parent, 2), show_progress=False)
+    train_in_bfloat16(config)
     fill_disk(config)
+
+
+def train_in_bfloat16(config: Path) -> None:
+    """The adapters in bfloat16 with float32 masters, and a resume that must not show."""
+    deepspeed = settings(config.parent, 2)
+    run = ["pair.dtype=bfloat16", "run.save_steps=8", "run.max_steps=12", "run.eval_steps=0"]
+    run.append(f"run.output_dir={config.parent}/bfloat16")
+    train(load_config(config, run), deepspeed, show_progress=False)
+    torch.distributed.barrier()
+    if os.environ["RANK"] == "0":
+        shutil.copytree(config.parent / "bfloat16", config.parent / "bfloat16_unbroken")
+        shutil.rmtree(config.parent / "bfloat16" / "adapter")
+    torch.distributed.barrier()
+    run.append("run.resume_from_checkpoint=latest")
+    train(load_config(config, run), deepspeed, show_progress=False)
 
 
 def resume_from_one_process(config: Path, stage: int | str, deepspeed: Path) -> None:

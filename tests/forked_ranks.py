@@ -28,6 +28,13 @@ def preload() -> None:
     import tca_fast.training.run  # noqa: F401
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def fork(function, *arguments, output: Path | None = None, group: int = 0) -> int:
     """Call `function` in a child process, which exits with what it returns.
 
@@ -70,9 +77,7 @@ class Ranks:
     """
 
     def __init__(self, num_ranks: int, arguments: list[str], logs: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         logs.mkdir(parents=True, exist_ok=True)
         self.outputs = [logs / f"rank{rank}.txt" for rank in range(num_ranks)]
         self.pids: list[int] = []

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_ranks import free_port
 from safetensors.torch import load_file
 from tiny_pair import make_pair, packed_overrides, records
 
 from tca_fast.config import load_config
-from tca_fast.errors import UserError
 from tca_fast.training.run import train
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def launch(port: int, *arguments) -> subprocess.CompletedProcess:
+def launch(*arguments) -> subprocess.CompletedProcess:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         # Without a compiler or ninja on the path DeepSpeed must get along, too.
         "PATH": "/usr/bin:/bin",
         "PYTHONPATH": str(Path(__file__).parent.parent),
     }
-    command = [LAUNCHER, "--num_accelerators", "2", "--master_port", port, *arguments]
+    command = [LAUNCHER, "--num_accelerators", "2", "--master_port", free_port(), *arguments]
     return subprocess.run(
         [str(part) for part in command],
         env=environment,
@@ -61,7 +61,7 @@ def plain(single) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def stages(single) -> Path:
-    done = launch(29611, Path(__file__).with_name("deepspeed_stages.py"), single / "run.yaml")
+    done = launch(Path(__file__).with_name("deepspeed_stages.py"), single / "run.yaml")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return single
 
@@ -162,7 +162,6 @@ def assert_same_curve(ours: Path, theirs: Path) -> None:
 
 def test_launcher_command_trains_under_zero2(single):
     done = launch(
-        29612,
         *("--module", "tca_fast.train", single / "run.yaml", "--deepspeed", CONFIGS / "zero2.json"),
         *(f"run.output_dir={single}/command", "run.max_steps=20"),
     )
@@ -172,19 +171,15 @@ def test_launcher_command_trains_under_zero2(single):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
-def test_settings_at_odds_with_the_run_are_refused(single, tmp_path):
-    config = load_config(single / "run.yaml", [f"run.output_dir={tmp_path}/out"])
-    for text, message in (
-        ("{", "cannot be read as JSON"),
-        ('{"optimizer": {"type": "Adam"}}', "sets 'optimizer'; remove it"),
-        ('{"gradient_clipping": 7.0}', "gradient_clipping to 7.0, the run configuration means 1.0"),
-        ('{"zero_optimization": {"stage": "auto"}}', "zero_optimization.stage"),
-    ):
-        path = tmp_path / "settings.json"
-        path.write_text(text)
-        with pytest.raises(UserError, match=message):
-            from tca_fast.training.deepspeed_engine import fill_settings, read_settings
-
-            fill_settings(read_settings(path), config, 1, torch.device("cpu"), path)
-    with pytest.raises(UserError, match="nowhere.json cannot be read"):
-        train(config, tmp_path / "nowhere.json")
+def test_bfloat16_keeps_float32_masters_over_a_resume(stages):
+    resumed, unbroken = stages / "bfloat16", stages / "bfloat16_unbroken"
+    assert records(resumed) == records(unbroken) and len(records(resumed)) == 12
+    for run in (resumed, unbroken):
+        weights = load_file(run / "adapter" / "adapter_model.safetensors")
+        for name, tensor in weights.items():
+            assert tensor.dtype == torch.float32, name
+            # Written from the working copy it would be a bfloat16 number everywhere.
+            assert (tensor != tensor.bfloat16().float()).any(), name
+    # Three significant digits of bfloat16, over a dozen steps that lower the loss by a fifth.
+    for ours, theirs in zip(records(resumed)[:3], records(stages / "out")[:3], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_ranks import free_port
 from tiny_pair import make_pair, records
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -22,7 +23,7 @@ def diverged(tmp_path_factory) -> Path:
     config = make_pair(root)
     tests = Path(__file__).parent
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tests.parent)}
-    command = [LAUNCHER, "--num_accelerators", 2, "--master_port", 29613]
+    command = [LAUNCHER, "--num_accelerators", 2, "--master_port", free_port()]
     done = subprocess.run(
         [str(part) for part in (*command, tests / "deepspeed_divergence.py", config)],
         env=environment,

@@ -8,12 +8,12 @@ but equally on all ranks, so its prefetch trace is dropped now and then and noth
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import socket
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,10 @@ from torch import Tensor, nn
 
 from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
+from tca_fast.training.deepspeed_settings import fill_settings, read_settings
 from tca_fast.training.engine import Engine, make_optimizer, read_optimizer, read_weights, trainable
 from tca_fast.training.optimizer_state import Fragment, write_part
 from tca_fast.training.zero_partitions import fragments, inner_optimizer, write_working_copy
-
-_FOREIGN_BLOCKS = {
-    "optimizer": "the optimizer block of the run configuration",
-    "scheduler": "optimizer.learning_rate and optimizer.warmup_ratio of the run configuration",
-    "fp16": "pair.dtype: bfloat16, since float16 would need loss scaling",
-}
 
 
 class DeepSpeedGroup:
@@ -67,7 +62,15 @@ class DeepSpeedGroup:
         if alone:
             _describe_group_of_one()
         backend = "gloo" if device.type == "cpu" else "nccl"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        try:
+            deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        except (torch.distributed.DistError, ValueError) as error:
+            where = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"ranks: they cannot meet at {where} ({reason}); give the launcher a free "
+                "--master_port, and an address that every node reaches"
+            ) from None
         self.rank = torch.distributed.get_rank()
         self.num_ranks = torch.distributed.get_world_size()
         self.device = device
@@ -80,81 +83,35 @@ class DeepSpeedGroup:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
         self.settings = fill_settings(settings, config, self.num_ranks, self.device, path)
         self.stage = int(self.settings.get("zero_optimization", {}).get("stage", 0))
+        self._check_agreement(config)
+
+    def _check_agreement(self, config: TrainConfig) -> None:
+        """Refuse ranks that were started differently, which would train on without noticing.
+
+        Raises:
+            UserError: on every rank; names the first that differs from rank 0, and in what.
+        """
+        own = {
+            "host": socket.gethostname(),
+            "torch": torch.__version__,
+            **{name: metadata.version(name) for name in ("deepspeed", "transformers", "tca_fast")},
+            "the configuration": config.model_dump(mode="json"),
+            "the DeepSpeed settings": self.settings,
+        }
+        ranks: list[Any] = [None] * self.num_ranks
+        torch.distributed.all_gather_object(ranks, own)
+        for rank, theirs in enumerate(ranks):
+            for name in list(own)[1:]:
+                if theirs[name] != ranks[0][name]:
+                    raise UserError(
+                        f"ranks: rank {rank} on {theirs['host']} and rank 0 on {ranks[0]['host']} "
+                        f"differ in {name}{_versions(ranks[0][name], theirs[name])}; install and "
+                        "start the same on every node"
+                    )
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file.
-
-    Raises:
-        UserError: missing, not JSON, or with a block that the run configuration owns.
-    """
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"deepspeed: {path} cannot be read as JSON ({reason}); give a file such as "
-            "configs/zero2.json"
-        ) from None
-    if not isinstance(settings, dict):
-        raise UserError(f"deepspeed: {path} is not a JSON object; see configs/zero2.json")
-    for block, instead in _FOREIGN_BLOCKS.items():
-        if block in settings:
-            raise UserError(f"deepspeed: {path} sets {block!r}; remove it and use {instead}")
-    return settings
-
-
-def fill_settings(
-    settings: dict[str, Any],
-    config: TrainConfig,
-    num_ranks: int,
-    device: torch.device,
-    path: Path,
-) -> dict[str, Any]:
-    """Replace every "auto" by what the run configuration says, and check what is not "auto".
-
-    Raises:
-        UserError: a value at odds with the run configuration, or an "auto" of unknown meaning.
-    """
-    run = config.run
-    is_bf16 = device.type == "cuda" and config.pair.dtype in ("auto", "bfloat16")
-    known: dict[str, Any] = {
-        "train_batch_size": run.rows_per_step,
-        "train_micro_batch_size_per_gpu": run.rows_per_forward,
-        "gradient_accumulation_steps": run.rows_per_step // (run.rows_per_forward * num_ranks),
-        "gradient_clipping": config.optimizer.max_grad_norm,
-        "bf16.enabled": is_bf16,
-    }
-    filled = json.loads(json.dumps(settings))
-    for name, value in known.items():
-        *blocks, key = name.split(".")
-        block = filled
-        for part in blocks:
-            block = block.setdefault(part, {})
-        if block.get(key, "auto") not in ("auto", value):
-            raise UserError(
-                f"deepspeed: {path} sets {name} to {block[key]!r}, the run configuration means "
-                f'{value!r}; set it to "auto"'
-            )
-        block[key] = value
-    if unknown := _auto_names(filled):
-        raise UserError(
-            f'deepspeed: {path} sets {unknown[0]} to "auto", which nothing here fills in; give a '
-            "value or remove it"
-        )
-    # DeepSpeed's own CPU Adam would need compiled ops; AdamW of torch serves offloading too.
-    filled.setdefault("zero_force_ds_cpu_optimizer", False)
-    return filled
-
-
-def _auto_names(block: dict[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for key, value in block.items():
-        if isinstance(value, dict):
-            names += _auto_names(value, f"{prefix}{key}.")
-        elif value == "auto":
-            names.append(prefix + key)
-    return names
+def _versions(ours: object, theirs: object) -> str:
+    return f" ({theirs} and {ours})" if isinstance(ours, str) else ""
 
 
 def _skip_shared_memory_op() -> None:

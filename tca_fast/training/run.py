@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -260,7 +262,21 @@ def _begin(
                 files.write(CONFIG_NAME, lambda path: dump_config(config, path))
                 files.write(ORIGIN_NAME, lambda path: write_origin(path, data.corpora))
                 files.commit()
+    with together(engine):
+        _wait_to_see(output_dir / CONFIG_NAME, engine.rank)
     return progress, notes
+
+
+def _wait_to_see(path: Path, rank: int, seconds: float = 10.0) -> None:
+    """Refuse an output directory that nodes do not share; their file systems may lag a little."""
+    end = time.monotonic() + seconds
+    while not path.is_file():
+        if time.monotonic() > end:
+            raise UserError(
+                f"run.output_dir: rank {rank} on {socket.gethostname()} does not see {path}, which "
+                "rank 0 has written; choose a directory on a file system that all nodes share"
+            )
+        time.sleep(0.1)
 
 
 def _refuse_used(output_dir: Path) -> None:
