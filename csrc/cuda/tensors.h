@@ -10,7 +10,7 @@
 #include "numbers.h"
 
 #ifdef __CUDACC__
-// Absent where torch was built without CUDA; then nothing here is ever called.
+// Absent where torch was built without CUDA: the library loads there all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
     int32_t device_index, void** stream);
 #endif
@@ -22,6 +22,8 @@ class Device {
  public:
 #ifdef __CUDACC__
   explicit Device(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    STD_TORCH_CHECK(
+        aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
     void* stream = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
