@@ -53,14 +53,15 @@ class Build(BuildExtension):
     """Compiles the CUDA half by one call of nvcc, which knows its own runtime library."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Leave the CPU's half to torch, and the CUDA half alone where it is up to date."""
         if ext.name != CUDA_MODULE:
             super().build_extension(ext)
             return
         library = Path(self.get_ext_fullpath(ext.name))
         inputs = [Path(name) for name in (*ext.sources, *ext.depends, "setup.py")]
-        if library.exists() and not self.force:
-            if library.stat().st_mtime > max(path.stat().st_mtime for path in inputs):
-                return
+        changed = max(path.stat().st_mtime for path in inputs)
+        if library.exists() and library.stat().st_mtime > changed and not self.force:
+            return
         library.parent.mkdir(parents=True, exist_ok=True)
         python = [*self.compiler.include_dirs, *self.include_dirs]
         command = ["nvcc", "-shared", "-O3", "-std=c++20", "--threads", "2", "--cudart", "static"]
@@ -88,6 +89,7 @@ class BuildCuda(Build):
     """Compiles the CUDA half alone, for the check of what it compiles to."""
 
     def finalize_options(self) -> None:
+        """Leave out what is not CUDA."""
         super().finalize_options()
         self.extensions = [ext for ext in self.extensions if ext.name == CUDA_MODULE]
 
