@@ -6,7 +6,7 @@ Shapes: T tokens, D model width, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -253,17 +253,27 @@ class AdaptedMLP(nn.Module):
         mlp_out = self.mlp(hidden_states, *args, **kwargs)
         if not self.enabled:
             return mlp_out
-        if isinstance(mlp_out, tuple):
-            return (self._add(hidden_states, mlp_out[0]), *mlp_out[1:])
-        return self._add(hidden_states, mlp_out)
+        return add_branches([self.adapter], self.layer, hidden_states, mlp_out)
 
-    def _add(self, x: Tensor, mlp_out: Tensor) -> Tensor:
-        recorder = sparsity.current()
-        token_mask = None if recorder is None else recorder.token_mask
-        output = self.adapter(x, mlp_out, token_mask)
+
+def add_branches(adapters: Iterable[TranscoderAdapter], layer: int, x: Tensor, mlp_out: Any) -> Any:
+    """What an MLP returns with adapters beside it; reports to the open recorders, if any.
+
+    Args:
+        adapters: those that are on; their branches add up.
+        layer: index of the decoder layer.
+        x: the MLP's input, [B, S, D].
+        mlp_out: what it returned; of a tuple the first entry is adapted.
+    """
+    if isinstance(mlp_out, tuple):
+        return (add_branches(adapters, layer, x, mlp_out[0]), *mlp_out[1:])
+    recorder, recording = sparsity.current(), activations.current()
+    token_mask = None if recorder is None else recorder.token_mask
+    for adapter in adapters:
+        output = adapter(x, mlp_out, token_mask)
         if recorder is not None:
-            recorder.add(self.layer, output)
-        recording = activations.current()
+            recorder.add(layer, output)
         if recording is not None:
-            recording.add(self.layer, self.adapter.encode(x.to(mlp_out.dtype)), x.shape[:-1])
-        return output.y
+            recording.add(layer, adapter.encode(x.to(mlp_out.dtype)), x.shape[:-1])
+        mlp_out = output.y
+    return mlp_out

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoint import PROVENANCE, contents, make_adapted, make_model
-from tiny import SHAPE, batch
+from tiny import SHAPE, batch, randomise
+from zoo import ZOO, make
 
 import tca_fast
 from tca_fast.checkpoint import PEFT_TYPE_IN_FILES, Provenance
@@ -76,6 +77,22 @@ def test_peft_computes_what_load_computes_and_writes_the_same_bytes(tmp_path, op
     assert torch.equal(logits(again), expected)
     again.save_pretrained(tmp_path / "again")
     assert contents(tmp_path / "again") == contents(ours)
+
+
+@pytest.mark.parametrize("family", ZOO)
+def test_every_architecture_computes_what_load_computes(family, tmp_path):
+    adapted = tca_fast.attach(make(family), tca_fast.AdapterConfig(num_features=20))
+    randomise(adapted)
+    expected = logits(adapted.model)
+    adapted.save_pretrained(tmp_path / "ours", Provenance(backbone="base"))
+
+    model = PeftModel.from_pretrained(make(family), tmp_path / "ours")
+    assert torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(make(family)))
+    model.save_pretrained(tmp_path / "theirs")
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
 
 
 def test_fresh_adapters_equal_those_of_attach_and_change_nothing():

@@ -1,20 +1,16 @@
-"""The layer and the model class that PEFT asks a method for.
-
-Shapes: B sequences, S positions, D model width.
-"""
+"""The layer and the model class that PEFT asks a method for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from tca_fast import sparsity
-from tca_fast.adapter import AdaptedMLP, TranscoderAdapter
+from tca_fast.adapter import AdaptedMLP, TranscoderAdapter, add_branches
 from tca_fast.attachment import MLP_NAME, NO_MERGE, decoder_parts
 from tca_fast.checkpoint import CONFIG_NAME, WEIGHTS_NAME, check_fingerprint, check_shape
 from tca_fast.errors import UserError
@@ -51,27 +47,17 @@ class TranscoderAdapterLayer(nn.Module, BaseTunerLayer):
             adapter = adapter.to(parameter.device)
         self.adapter[name] = adapter
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """MLP plus active adapters; reports to the open sparsity recorder, if any.
-
-        Args:
-            hidden_states: [B, S, D].
-
-        Returns:
-            [B, S, D], the dtype of the MLP's output.
-        """
-        y = self.base_layer(hidden_states)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """MLP plus active adapters, as `AdaptedMLP.forward` has it."""
+        mlp_out = self.base_layer(hidden_states, *args, **kwargs)
         if self.disable_adapters:
-            return y
-        recorder = sparsity.current()
-        token_mask = None if recorder is None else recorder.token_mask
-        for name in self.active_adapters:
-            if name in self.adapter:
-                output = self.adapter[name](hidden_states, y, token_mask)
-                if recorder is not None:
-                    recorder.add(self.layer, output)
-                y = output.y
-        return y
+            return mlp_out
+        active = [
+            cast(TranscoderAdapter, self.adapter[name])
+            for name in self.active_adapters
+            if name in self.adapter
+        ]
+        return add_branches(active, self.layer, hidden_states, mlp_out)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused, see `TranscoderAdapterModel`."""
