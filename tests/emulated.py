@@ -105,3 +105,27 @@ def _argument(value: Tensor | int | None) -> ctypes.c_void_p | ctypes.c_int64:
     if value is None or isinstance(value, Tensor):
         return ctypes.c_void_p(None if value is None else value.data_ptr())
     return ctypes.c_int64(value)
+
+
+def bit_mask(active: Tensor) -> Tensor:
+    """Flags [T, F] as words of 32 features, int32 [T, ⌈F/32⌉]."""
+    num_tokens, num_features = active.shape
+    padded = torch.zeros(num_tokens, -(-num_features // 32) * 32, dtype=torch.int64)
+    padded[:, :num_features] = active
+    words = (padded.view(num_tokens, -1, 32) << torch.arange(32)).sum(2)
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+
+
+def faulty(source: str, kernel: str, right: str, wrong: str) -> Library:
+    """The library with the first such place of one file of csrc/cuda changed, in bfloat16 alone.
+
+    For tests that show that the tests of a kernel can fail.
+    """
+    text = (ROOT / "csrc/cuda" / kernel).read_text(encoding="utf-8")
+    if right not in text:
+        raise RuntimeError(f"{kernel} does not contain {right!r}")
+    text = text.replace(right, wrong, 1)
+    folder = ROOT / "build/cuda_emulation" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / kernel).write_text(text, encoding="utf-8")
+    return Library(source, f"-I{folder}", "-DONLY_BFLOAT16", "-O0", "-g0")

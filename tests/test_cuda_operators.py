@@ -11,7 +11,7 @@ import torch
 from emulated import built, has_compiler
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from operator_cases import Case, cases, raw
+from operator_cases import cases, raw
 from test_ops_random import adapter_of, check_adapter
 
 from tca_fast import registry
@@ -44,18 +44,14 @@ def few(cases: int = 40) -> settings:
     )
 
 
-def without_k(case: Case) -> Case:
-    return replace(case, k=None)
-
-
 @few()
-@given(case=CASES.map(without_k))
+@given(case=CASES)
 def test_adapter_equals_dense_autograd(case):
     check_adapter(case, adapter_of(case))
 
 
 @few()
-@given(case=CASES.map(without_k), room=st.sampled_from([0.0, 0.1, 0.6, 0.99]))
+@given(case=CASES, room=st.sampled_from([0.0, 0.1, 0.6, 0.99]))
 def test_an_overflow_drops_nothing(case, room):
     """Every capacity below T·F: what does not fit goes through the predicated dense products."""
     capacity = int(room * case.T * case.F)
@@ -70,7 +66,7 @@ def test_an_overflow_drops_nothing(case, room):
 
 @few(6)
 @given(
-    case=CASES.map(without_k),
+    case=CASES,
     T=st.sampled_from([45, 300]),
     D=st.sampled_from([70, 264, 520, 1040]),
     F=st.sampled_from([40, 1100]),

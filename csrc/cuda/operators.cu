@@ -10,6 +10,7 @@
 #include "dense.cuh"
 #include "segments.cuh"
 #include "tensors.h"
+#include "topk.cuh"
 
 namespace tca_fast {
 namespace {
@@ -38,7 +39,10 @@ Selected select_active(
     const Tensor& z, const std::optional<Tensor>& token_mask, const std::optional<Tensor>& norm,
     std::optional<int64_t> k, bool activates, cudaStream_t stream) {
   const int64_t num_tokens = z.sizes()[0], F = z.sizes()[1];
-  STD_TORCH_CHECK(!k || *k == F, "k: ", *k, ", expected None: the CUDA kernels have no TopK");
+  const bool is_limited = k && *k < F;
+  STD_TORCH_CHECK(
+      !is_limited || F <= kMostTopkFeatures, "k: the largest of ", F, " features, expected at most ",
+      kMostTopkFeatures, " features; use another backend");
   Selected found{
       make(z, {num_tokens, ceil_div(F, kWordBits)}, ScalarType::Int),
       make(z, {num_tokens + 1}, kIndex), make(z, {num_tokens}, kFeature), zeros(z, {F}, kMask),
@@ -51,6 +55,12 @@ Selected select_active(
       output<int32_t>(count), output<int32_t>(found.l0), output<uint8_t>(found.fired),
       found.l1 ? output<float>(*found.l1) : nullptr, pointer<float>(norm)};
   with_vectors<T>(F, [&](auto v) {
+    if (is_limited) {
+      topk<T, v()>(
+          output<T>(z), pointer<uint8_t>(token_mask), output<uint32_t>(found.bits), statistics,
+          num_tokens, F, *k, activates, stream);
+      return;
+    }
     const auto run = [&](auto also_activates) {
       select<T, v(), also_activates()>(
           output<T>(z), pointer<uint8_t>(token_mask), output<uint32_t>(found.bits), statistics,

@@ -177,6 +177,48 @@ T atomicMax(T* address, T value) {
 }
 inline void __threadfence() {}
 
+// Copies to shared memory: one half of them arrives at once, the other one as late as it may, when
+// the thread waits for it.
+namespace emulation {
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+// Of each thread: the copies it has begun, in groups; the last one is still open.
+inline std::map<const Fiber*, std::vector<std::vector<Copy>>>& copies() {
+  static std::map<const Fiber*, std::vector<std::vector<Copy>>> copies;
+  return copies;
+}
+}  // namespace emulation
+
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  emulation::check_aligned(to, bytes);
+  emulation::check_aligned(from, bytes);
+  static std::minstd_rand random;
+  if (random() % 2) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+  auto& groups = emulation::copies()[emulation::device().current];
+  groups.resize(std::max<size_t>(1, groups.size()));
+  groups.back().push_back({to, from, bytes});
+}
+inline void __pipeline_commit() {
+  auto& groups = emulation::copies()[emulation::device().current];
+  groups.resize(std::max<size_t>(1, groups.size()) + 1);
+}
+// Until at most `pending` of the committed groups have not arrived.
+inline void __pipeline_wait_prior(size_t pending) {
+  auto& groups = emulation::copies()[emulation::device().current];
+  while (groups.size() > pending + 1) {
+    for (const emulation::Copy& copy : groups.front()) {
+      std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __popcll(unsigned long long x) { return std::popcount(x); }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
