@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, batch, packed, random_model, randomise, tiny_model, tiny_qwen2
+from tiny import batch, packed, randomise, tiny_qwen2
 from torch.nn.attention import flex_attention as torch_flex
-from transformers import FalconConfig, FalconForCausalLM, masking_utils
+from transformers import masking_utils
 from transformers.integrations import flex_attention as transformers_flex
+from zoo import ZOO, make
 
 from tca_fast import AdapterConfig
 from tca_fast.attachment import decoder_parts
@@ -128,14 +129,36 @@ def test_flex_attention_gives_the_same(streams, plain_flex_attention):
     torch.testing.assert_close(of_flex, expected, rtol=TOLERANCE, atol=0)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_other_architectures_give_the_same(architecture):
-    base, target = (tiny_model(architecture, seed) for seed in (1, 2))
+# Masks that transformers makes without position ids, and positions counted from the mask alone.
+MIXES_SEQUENCES = ["gpt-oss", "BLOOM"]
+
+
+@pytest.mark.parametrize("family", [family for family in ZOO if family not in MIXES_SEQUENCES])
+def test_every_architecture_gives_the_same(family):
+    base, target = (make(family, seed) for seed in (1, 2))
     check_packing(target)
     pair = build_streams(base, target, AdapterConfig(num_features=19))
     randomise(pair.adapted)
     for step in STEPS:
         assert_packed_equals_padded(step, pair, batch())
+
+
+@pytest.mark.parametrize("family", MIXES_SEQUENCES)
+def test_models_that_would_mix_sequences_are_refused(family):
+    model = make(family, 2)
+    name = type(model).__name__
+    message = f"{name} with pair.attn_implementation='eager' lets packed sequences see each other"
+    with pytest.raises(UserError, match=message):
+        check_packing(model)
+
+
+def test_models_without_position_ids_are_refused():
+    model = tiny_qwen2(1)
+    decoder_parts(model).decoder.forward = lambda input_ids, attention_mask, use_cache: None
+    with pytest.raises(
+        UserError, match="Qwen2ForCausalLM takes no position ids .*cannot be"
+    ):
+        check_packing(model)
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -175,15 +198,3 @@ def test_flash_attention_is_told_the_boundaries():
     assert told["attention_mask"] is None
     assert told["cu_seq_lens_q"].tolist() == told["cu_seq_lens_k"].tolist() == [0, 3, 6]
     assert told["max_length_q"] == told["max_length_k"] == 3
-
-
-def test_models_that_would_mix_sequences_are_refused():
-    # Falcon's masks are made without its position ids.
-    shape = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61}
-    model = random_model(FalconForCausalLM, FalconConfig(**shape), 1)
-    message = "FalconForCausalLM with pair.attn_implementation='sdpa' lets packed sequences see"
-    with pytest.raises(UserError, match=message):
-        check_packing(model)
-    decoder_parts(model).decoder.forward = lambda input_ids, attention_mask, use_cache: None
-    with pytest.raises(UserError, match="FalconForCausalLM takes no position ids .*cannot be pack"):
-        check_packing(model)
