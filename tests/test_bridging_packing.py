@@ -155,9 +155,7 @@ def test_models_that_would_mix_sequences_are_refused(family):
 def test_models_without_position_ids_are_refused():
     model = tiny_qwen2(1)
     decoder_parts(model).decoder.forward = lambda input_ids, attention_mask, use_cache: None
-    with pytest.raises(
-        UserError, match="Qwen2ForCausalLM takes no position ids .*cannot be"
-    ):
+    with pytest.raises(UserError, match="Qwen2ForCausalLM takes no position ids .*cannot be"):
         check_packing(model)
 
 
