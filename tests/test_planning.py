@@ -258,6 +258,17 @@ def test_the_longest_sequence_is_the_last_that_fits():
     assert not ours.fits(ours.memory(2, 8, tokens=most + 1, checkpointing=True))
 
 
+def test_a_packed_row_is_planned_as_the_sequences_it_holds():
+    budget = ["run.train_batch_tokens=160000", "run.per_device_train_batch_tokens=20000"]
+    packed = planner(*budget, tokens=5000)
+    sizes = ["run.train_batch_size=32", "run.per_device_train_batch_size=4"]
+    padded = planner(*sizes, "data.max_length=5000", tokens=5000)
+    for ranks in (1, 8, 16):
+        assert packed.batch_size(ranks) == padded.batch_size(ranks)
+        assert packed.scale(2, ranks) == padded.scale(2, ranks)
+        assert packed.memory(2, ranks) == padded.memory(2, ranks)
+
+
 def test_the_cheapest_stage_is_the_first_that_fits():
     ours = planner("objective.gradient_checkpointing=true")
     assert ours.cheapest(8) == 1

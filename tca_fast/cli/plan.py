@@ -120,7 +120,9 @@ def _workload(config: TrainConfig, sequences: int | None, tokens: int | None) ->
 
 def _show_heading(console: Console, planner: Planner, num_ranks: int, nodes: int) -> None:
     shape, workload = planner.shape, planner.workload
-    batch_size, asked = planner.batch_size(num_ranks), planner.config.run.train_batch_size
+    run = planner.config.run
+    rows = planner.micro_batches(num_ranks) * run.rows_per_forward * num_ranks
+    asked = run.rows_per_step
     where = f"{num_ranks} x {planner.device.name}" + (f" on {nodes} nodes" if nodes > 1 else "")
     console.print(
         f"{where}; {shape.num_hidden_layers} layers of width {shape.hidden_size}, "
@@ -131,10 +133,12 @@ def _show_heading(console: Console, planner: Planner, num_ranks: int, nodes: int
         f"{workload.sequences:,} sequences of {workload.tokens:,} tokens"
         f"{bound if workload.is_bound else ''}"
     )
-    if batch_size != asked:
+    if rows != asked:
+        row = run.per_device_train_batch_tokens
+        field, unit, size = ("tokens", "tokens", row) if row else ("size", "sequences", 1)
         console.print(
-            f"{num_ranks} GPUs take {batch_size} sequences a step; set "
-            f"run.train_batch_size={batch_size} (now {asked})"
+            f"{num_ranks} GPUs take {rows * size} {unit} a step; set "
+            f"run.train_batch_{field}={rows * size} (now {asked * size})"
         )
     console.print(f"rates: {planner.rate.source}")
 

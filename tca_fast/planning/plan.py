@@ -93,7 +93,8 @@ class Planner:
     """The arithmetic of one run on one kind of device.
 
     Args:
-        config: the run; `run.train_batch_size` is rounded up to whole micro-batches.
+        config: the run; its global batch is rounded up to whole micro-batches. A packed row counts
+            as so many sequences of the workload's length as it holds.
         shape: of the pair.
         device: that every rank has.
         rate: of a step on it.
@@ -110,7 +111,8 @@ class Planner:
         self.config, self.shape, self.device = config, shape, device
         self.rate, self.workload = rate, workload
         self.itemsize = FLOAT32 if config.pair.dtype == "float32" else 2
-        self.sequences = config.run.per_device_train_batch_size
+        row = config.run.per_device_train_batch_tokens
+        self.sequences = max(1, row // workload.tokens) if row else config.run.rows_per_forward
         self.available = int(device.memory_bytes * (1 - RESERVED_SHARE)) - RESERVED_BYTES
 
     def stages(self, num_ranks: int) -> list[int | None]:
@@ -124,7 +126,8 @@ class Planner:
 
     def micro_batches(self, num_ranks: int) -> int:
         """Forwards of a rank in one optimizer step."""
-        return math.ceil(self.config.run.train_batch_size / (self.sequences * num_ranks))
+        run = self.config.run
+        return math.ceil(run.rows_per_step / (run.rows_per_forward * num_ranks))
 
     def batch_size(self, num_ranks: int) -> int:
         """Sequences of one optimizer step."""
@@ -146,12 +149,13 @@ class Planner:
             tokens: of one sequence; by default the most that the data may have.
             checkpointing: by default as configured.
         """
-        config = self.config
+        config, row = self.config, self.config.run.per_device_train_batch_tokens
+        most = row if row and not tokens else self.sequences * (tokens or config.data.max_length)
         return plan_memory(
             self.shape,
             config.adapter,
             self._objective(checkpointing),
-            tokens=self.sequences * (tokens or config.data.max_length),
+            tokens=most,
             sequences=self.sequences,
             placement=Placement(stage, num_ranks, self.itemsize, "cuda", config.pair.backbone),
             micro_batches=self.micro_batches(num_ranks),

@@ -62,17 +62,17 @@ def forecast(
     is_half = pair.dtype in ("bfloat16", "float16") or (
         pair.dtype == "auto" and device.type == "cuda"
     )
-    sequences = run.per_device_train_batch_size
+    sequences = run.rows_per_forward
     return plan_memory(
         shape,
         config.adapter,
         config.objective,
-        tokens=sequences * config.data.max_length,
+        tokens=run.per_device_train_batch_tokens or sequences * config.data.max_length,
         sequences=sequences,
         placement=Placement(
             stage, num_ranks, 2 if is_half else 4, device.type, config.pair.backbone
         ),
-        micro_batches=max(1, run.train_batch_size // (sequences * num_ranks)),
+        micro_batches=max(1, run.rows_per_step // (sequences * num_ranks)),
     )
 
 
