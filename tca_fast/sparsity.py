@@ -54,6 +54,19 @@ class SparsityRecorder:
         """Active features of each token, int32 [layers that ran, T]; 0 for masked tokens."""
         return torch.stack([self._outputs[layer].l0 for layer in self.layers])
 
+    def l0_at_least(self, num_powers: int) -> Tensor:
+        """Pairs of a layer and a token with at least 1, 2, 4, … active features.
+
+        Args:
+            num_powers: how many powers of two, from 2⁰ on.
+
+        Returns:
+            int64 [num_powers], sums over layers and real tokens: a histogram of L0 from above.
+        """
+        counts = self.l0_by_token().flatten()
+        powers = 2 ** torch.arange(num_powers, device=counts.device)
+        return (counts.unsqueeze(1) >= powers).sum(0)
+
     def fired(self) -> Tensor:
         """Features active in some real token, bool [layers that ran, F]."""
         return torch.stack([self._outputs[layer].fired for layer in self.layers])

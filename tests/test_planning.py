@@ -146,7 +146,7 @@ def test_a_frozen_layer_keeps_what_autograd_saves(dtype, sequences):
         output = model.model.layers[0](state, *call.args, **call.kwargs)
     found = sum(size for pointer, size in saved.items() if pointer not in given)
     del output
-    expected = _frozen_layer(SMALL, ids.numel(), sequences, dtype.itemsize)
+    expected = _frozen_layer(SMALL, ids.numel(), 32 if sequences > 1 else 0, dtype.itemsize)
     assert found == expected
 
 
@@ -266,7 +266,6 @@ def test_a_packed_row_is_planned_as_the_sequences_it_holds():
     for ranks in (1, 8, 16):
         assert packed.batch_size(ranks) == padded.batch_size(ranks)
         assert packed.scale(2, ranks) == padded.scale(2, ranks)
-        assert packed.memory(2, ranks) == padded.memory(2, ranks)
 
 
 def test_the_cheapest_stage_is_the_first_that_fits():
@@ -294,6 +293,27 @@ def test_time_of_a_run_by_hand():
     eight = ours.scale(1, 8)
     assert eight.batch_size == 8 and eight.efficiency < 1
     assert eight.gpu_hours > scale.gpu_hours
+
+
+def test_packed_rows_are_full():
+    packed = planner(
+        "run.train_batch_tokens=160000", "run.per_device_train_batch_tokens=20000", tokens=5000
+    )
+    assert packed.micro_batches(2) == 4 and packed.batch_size(2) == 8 * 4
+    rows = planner("data.max_length=20000", tokens=20000)
+    masked = (
+        packed.memory(2, 2, checkpointing=True).peak
+        - packed.memory(2, 2, tokens=10000, checkpointing=True).peak
+    )
+    plain = (
+        rows.memory(2, 2, checkpointing=True).peak
+        - rows.memory(2, 2, tokens=10000, checkpointing=True).peak
+    )
+    # One recomputed layer keeps T² numbers of the mask, and keys and values for every head.
+    more = 2 * (20000**2 - 10000**2) + 2 * 10000 * 2 * (3584 - 512)
+    assert masked - plain == more
+    # Four sequences in a row attend within themselves: fewer operations than one long row.
+    assert packed.step_time(2, 8).arithmetic < rows.step_time(2, 8).arithmetic
 
 
 def test_measured_rates_win_over_assumed_ones(tmp_path):

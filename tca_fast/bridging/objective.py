@@ -31,7 +31,8 @@ class StepOutput(NamedTuple):
         loss: 0-d, the objective as optimised.
         metrics: 0-d tensors on the device, without gradient: loss, kl, lm, reference_lm, l1, l0
             (mean over layers), nmse, bridge, and by depth l1/layer_i, l0/layer_i, nmse/state_i,
-            {a2r,r2a}_{kl,lm}/cutoff_k.
+            {a2r,r2a}_{kl,lm}/cutoff_k; l0_at_least/bits_i is the share of layers and tokens with
+            at least 2^i active features.
         fired: bool [L, F], features active in some real token.
 
     Loss and metrics are shares: their sum over the micro-batches and ranks of a step is the
@@ -139,6 +140,8 @@ class BridgingObjective(nn.Module, ABC):
         loss = torch.stack([weight * term for weight, term in terms if weight > 0]).sum()
 
         l0_L = passes.recorder.l0() / real_tokens
+        num_powers = self._adapters[0].config.num_features.bit_length()
+        at_least = passes.recorder.l0_at_least(num_powers) / (real_tokens * self.num_layers)
         metrics = {
             "loss": loss,
             **main,
@@ -149,6 +152,7 @@ class BridgingObjective(nn.Module, ABC):
             "bridge": bridge,
             **{f"l1/layer_{i}": value for i, value in enumerate(l1_L)},
             **{f"l0/layer_{i}": value for i, value in enumerate(l0_L)},
+            **{f"l0_at_least/bits_{i}": value for i, value in enumerate(at_least)},
             **{f"nmse/state_{i}": value for i, value in enumerate(nmse_states)},
             **bridges,
         }

@@ -86,11 +86,11 @@ def demo(
     if skip_training and out is None:
         raise UserError("--out: missing; --skip-training needs the directory of a trained demo")
     out = out or _free_directory(Path("runs"), "demo")
-    recipe = out / "config.yaml" if skip_training else _recipe()
+    recipe = out / "config.yaml" if skip_training else recipe_path()
     settings = list(overrides or [])
     settings += [] if seed is None else [f"run.seed={seed}"]
     settings += [] if l1_weight is None else [f"objective.l1_weight={l1_weight}"]
-    config = _config(recipe, out, settings)
+    config = miniature_config(recipe, out, settings)
     console = Console()
     seconds: dict[str, float] = {}
     with _timed(seconds, "total"):
@@ -127,13 +127,19 @@ def _free_directory(parent: Path, name: str) -> Path:
     return path
 
 
-def _recipe() -> Path:
+def recipe_path() -> Path:
+    """The miniature's configuration."""
     from tca_fast import miniature
 
     return Path(str(miniature.__file__)).with_name("recipe.yaml")
 
 
-def _config(recipe: Path, out: Path, settings: Sequence[str]) -> TrainConfig:
+def miniature_config(recipe: Path, out: Path, settings: Sequence[str]) -> TrainConfig:
+    """A recipe on the models and data of the installed package.
+
+    Raises:
+        UserError: they were not installed, and what `load_config` raises.
+    """
     from tca_fast import miniature
     from tca_fast.config import load_config
 

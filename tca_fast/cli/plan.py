@@ -120,9 +120,7 @@ def _workload(config: TrainConfig, sequences: int | None, tokens: int | None) ->
 
 def _show_heading(console: Console, planner: Planner, num_ranks: int, nodes: int) -> None:
     shape, workload = planner.shape, planner.workload
-    run = planner.config.run
-    rows = planner.micro_batches(num_ranks) * run.rows_per_forward * num_ranks
-    asked = run.rows_per_step
+    rows, asked = planner.rows_per_step(num_ranks), planner.config.run.rows_per_step
     where = f"{num_ranks} x {planner.device.name}" + (f" on {nodes} nodes" if nodes > 1 else "")
     console.print(
         f"{where}; {shape.num_hidden_layers} layers of width {shape.hidden_size}, "
@@ -134,7 +132,7 @@ def _show_heading(console: Console, planner: Planner, num_ranks: int, nodes: int
         f"{bound if workload.is_bound else ''}"
     )
     if rows != asked:
-        row = run.per_device_train_batch_tokens
+        row = planner.row_tokens
         field, unit, size = ("tokens", "tokens", row) if row else ("size", "sequences", 1)
         console.print(
             f"{num_ranks} GPUs take {rows * size} {unit} a step; set "
@@ -163,7 +161,7 @@ def _show_memory(console: Console, planner: Planner, num_ranks: int) -> None:
     verdicts = ["fits" if planner.fits(one) else "does not fit" for one in plans]
     table.add_row(f"of {planner.available / GIB:.1f} that can be used", *verdicts)
     budgets = [
-        planner.sequences * planner.most_tokens(stage, num_ranks, checkpointing=kept)
+        planner.rows * planner.most_tokens(stage, num_ranks, checkpointing=kept)
         for stage, kept in variants
     ]
     table.add_row("largest token budget of a GPU", *(f"{budget:,}" for budget in budgets))

@@ -78,6 +78,7 @@ def plan_memory(
     tokens: int,
     placement: Placement,
     sequences: int = 1,
+    has_mask: bool | None = None,
     micro_batches: int = 1,
 ) -> MemoryPlan:
     """Memory of one rank whose forward takes `tokens` tokens.
@@ -91,9 +92,12 @@ def plan_memory(
         objective: cutoffs and activation checkpointing.
         tokens, sequences: T, in sequences of equal length.
         placement: where.
+        has_mask: attention is given a mask rather than told that it is causal, as with padding and
+            with packed rows unless flash attention is used; None is whether there is padding.
         micro_batches: forwards of a rank in one optimizer step.
     """
-    step = _Step(shape, adapter, objective, tokens, sequences, placement)
+    mask = tokens // sequences if (sequences > 1 if has_mask is None else has_mask) else 0
+    step = _Step(shape, adapter, objective, tokens, mask, placement)
     trained = adapter_parameters(shape, adapter)
     gradients = _Gradients(trained, shape, placement, accumulates=micro_batches > 1)
     moments = step.moments(gradients)
@@ -178,7 +182,7 @@ class _Step:
         adapter: AdapterConfig,
         objective: ObjectiveConfig,
         tokens: int,
-        sequences: int,
+        mask: int,
         placement: Placement,
     ) -> None:
         self.shape, self.objective = shape, objective
@@ -186,7 +190,7 @@ class _Step:
         self.num_layers = shape.num_hidden_layers
         size = placement.itemsize
         self.state = tokens * shape.hidden_size * size
-        self.frozen_layer = _frozen_layer(shape, tokens, sequences, size)
+        self.frozen_layer = _frozen_layer(shape, tokens, mask, size)
         self.adapter_layer = self.frozen_layer + _adapter(shape, adapter, tokens, placement)
         # The backward of one layer: gradients of the pre-activations, then, when these are gone, of
         # the three inner tensors of the MLP.
@@ -269,17 +273,15 @@ class _Step:
         return rows * vocab_size * _CHUNK_TENSORS * FLOAT32
 
 
-def _frozen_layer(shape: ModelShape, tokens: int, sequences: int, size: int) -> int:
+def _frozen_layer(shape: ModelShape, tokens: int, mask: int, size: int) -> int:
     """What one frozen decoder layer keeps for the gradient of its input.
 
     Queries, keys, values and output of attention with one float32 per head; gate, its SiLU and the
     up product of the MLP; both norms' inputs in float32 (in float32 itself the first is the
-    residual state, which is there anyway) and their scales. Padded batches repeat keys and values
-    for every query head, and every layer keeps their mask as numbers.
+    residual state, which is there anyway) and their scales. With a mask, of so many numbers per
+    token, keys and values are repeated for every query head and every layer keeps the mask.
     """
-    is_padded = sequences > 1
-    key_width = shape.query_width if is_padded else shape.key_width
-    mask = tokens // sequences if is_padded else 0
+    key_width = shape.query_width if mask else shape.key_width
     attention = 2 * shape.query_width + 2 * key_width + mask
     norms = (2 if size < FLOAT32 else 1) * shape.hidden_size + 2 + shape.num_attention_heads
     return tokens * ((attention + 3 * shape.intermediate_size) * size + norms * FLOAT32)

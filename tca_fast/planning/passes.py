@@ -81,7 +81,7 @@ class LayerWork:
 
 
 def layer_work(
-    shape: ModelShape, num_features: int, tokens: int, sequences: int, *, is_dense: bool
+    shape: ModelShape, num_features: int, tokens: int, sequences: float, *, is_dense: bool
 ) -> LayerWork:
     """Products of one layer pass.
 

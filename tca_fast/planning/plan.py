@@ -111,8 +111,8 @@ class Planner:
         self.config, self.shape, self.device = config, shape, device
         self.rate, self.workload = rate, workload
         self.itemsize = FLOAT32 if config.pair.dtype == "float32" else 2
-        row = config.run.per_device_train_batch_tokens
-        self.sequences = max(1, row // workload.tokens) if row else config.run.rows_per_forward
+        self.rows = config.run.rows_per_forward
+        self.row_tokens = config.run.per_device_train_batch_tokens
         self.available = int(device.memory_bytes * (1 - RESERVED_SHARE)) - RESERVED_BYTES
 
     def stages(self, num_ranks: int) -> list[int | None]:
@@ -126,12 +126,16 @@ class Planner:
 
     def micro_batches(self, num_ranks: int) -> int:
         """Forwards of a rank in one optimizer step."""
-        run = self.config.run
-        return math.ceil(run.rows_per_step / (run.rows_per_forward * num_ranks))
+        return math.ceil(self.config.run.rows_per_step / (self.rows * num_ranks))
+
+    def rows_per_step(self, num_ranks: int) -> int:
+        """Padded sequences, or packed rows, of one optimizer step."""
+        return self.micro_batches(num_ranks) * self.rows * num_ranks
 
     def batch_size(self, num_ranks: int) -> int:
-        """Sequences of one optimizer step."""
-        return self.micro_batches(num_ranks) * self.sequences * num_ranks
+        """Sequences of one optimizer step; a packed row holds as many as fit."""
+        fitting = (self.row_tokens or self.workload.tokens) / self.workload.tokens
+        return max(1, int(self.rows_per_step(num_ranks) * fitting))
 
     def memory(
         self,
@@ -146,18 +150,19 @@ class Planner:
         Args:
             stage: of ZeRO, or None.
             num_ranks: that share the state.
-            tokens: of one sequence; by default the most that the data may have.
+            tokens: of one row; by default the most that it may have.
             checkpointing: by default as configured.
         """
-        config, row = self.config, self.config.run.per_device_train_batch_tokens
-        most = row if row and not tokens else self.sequences * (tokens or config.data.max_length)
+        config = self.config
         return plan_memory(
             self.shape,
             config.adapter,
             self._objective(checkpointing),
-            tokens=most,
-            sequences=self.sequences,
+            tokens=self.rows * (tokens or self.row_tokens or config.data.max_length),
+            sequences=self.rows,
             placement=Placement(stage, num_ranks, self.itemsize, "cuda", config.pair.backbone),
+            has_mask=self.rows > 1
+            or (config.run.is_packed and "flash" not in config.pair.attn_implementation),
             micro_batches=self.micro_batches(num_ranks),
         )
 
@@ -177,7 +182,7 @@ class Planner:
         raise LookupError(num_ranks)
 
     def most_tokens(self, stage: int | None, num_ranks: int, *, checkpointing: bool) -> int:
-        """The longest sequence that fits, in tokens; 0 where not even one does."""
+        """The longest row that fits, in tokens; 0 where not even one does."""
         low, high = 0, _MOST_TOKENS
         while low < high:
             middle = (low + high + 1) // 2
@@ -195,9 +200,11 @@ class Planner:
             self._objective(checkpointing),
             shares_ends=config.pair.backbone == "target",
         )
-        tokens = self.sequences * self.workload.tokens
+        # A packed row is full, and attention stays within its sequences.
+        tokens = self.rows * (self.row_tokens or self.workload.tokens)
+        sequences = tokens / self.workload.tokens
         features = config.adapter.num_features
-        work = layer_work(shape, features, tokens, self.sequences, is_dense=False)
+        work = layer_work(shape, features, tokens, sequences, is_dense=False)
         repeats = self.micro_batches(num_ranks)
         traffic = step_traffic(
             shape,

@@ -62,16 +62,16 @@ def forecast(
     is_half = pair.dtype in ("bfloat16", "float16") or (
         pair.dtype == "auto" and device.type == "cuda"
     )
-    sequences = run.rows_per_forward
+    sequences, tokens = run.rows_per_forward, run.per_device_train_batch_tokens
+    uses_flash = "flash" in pair.attn_implementation
     return plan_memory(
         shape,
         config.adapter,
         config.objective,
-        tokens=run.per_device_train_batch_tokens or sequences * config.data.max_length,
+        tokens=tokens or sequences * config.data.max_length,
         sequences=sequences,
-        placement=Placement(
-            stage, num_ranks, 2 if is_half else 4, device.type, config.pair.backbone
-        ),
+        placement=Placement(stage, num_ranks, 2 if is_half else 4, device.type, pair.backbone),
+        has_mask=run.is_packed and not uses_flash or sequences > 1,
         micro_batches=max(1, run.rows_per_step // (sequences * num_ranks)),
     )
 
