@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tca_fast.checkpoint import Provenance
+    from tca_fast.adapter_config import Provenance
     from tca_fast.config import AdapterConfig
     from tca_fast.feature_table import FeatureTable
 
@@ -318,12 +318,14 @@ def attach(
         dtype: of the adapters' parameters.
 
     Raises:
-        UserError: adapters are already attached, or the structure is not supported.
+        UserError: adapters are already attached, the structure is not supported, or MLPs are
+            offloaded.
     """
+    parts = decoder_parts(model)
     if any(isinstance(module, AdaptedMLP) for module in model.modules()):
         raise UserError("model: adapters are already attached; call tca_fast.detach(model) first")
-    parts = decoder_parts(model)
     mlps = [getattr(layer, MLP_NAME) for layer in parts.layers]
+    _check_in_memory(mlps)
     adapters = _fresh_adapters(mlps, parts.width, config, seed, dtype)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     model.requires_grad_(False)
@@ -331,6 +333,17 @@ def attach(
         setattr(layer, MLP_NAME, AdaptedMLP(mlp, adapters.layers[index], index))
     model._tca_fast_trainable = trainable
     return AdaptedModel(model, adapters.config)
+
+
+def _check_in_memory(mlps: Sequence[nn.Module]) -> None:
+    """Refuse MLPs that accelerate fetches for each call: an adapter has no place to be then."""
+    for index, mlp in enumerate(mlps):
+        hooked = any(hasattr(module, "_hf_hook") for module in mlp.modules())
+        if hooked and any(parameter.is_meta for parameter in mlp.parameters()):
+            raise UserError(
+                f"device_map: the MLP of layer {index} is offloaded to CPU or disk, and adapters "
+                "stand beside MLPs that are in memory; choose a device_map without offloading"
+            )
 
 
 def _fresh_adapters(

@@ -13,21 +13,30 @@ Shapes: F features per layer, D model width, L layers.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tca_fast.adapter_config import (
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    CheckpointInfo,
+    Provenance,
+    adapter_config_json,
+    read_adapter_config,
+    target_modules,
+    tensor_shapes,
+)
 from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
-from tca_fast.fingerprint import Fingerprint, fingerprint
+from tca_fast.fingerprint import Fingerprint, fingerprint, refuse_quantised
 from tca_fast.formats.shards import read_tensors
 from tca_fast.model_card import model_card, model_to_load
 
@@ -35,64 +44,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tca_fast.adapter import TranscoderAdapter
-    from tca_fast.config import AdapterConfig
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-CARD_NAME = "README.md"
-PEFT_TYPE = "TRANSCODER_ADAPTER"
-# As it stands in a file. PEFT looks the type up in its table of methods and, where it is not there,
-# raises KeyError with this text and nothing else, so the remedy has to be part of it.
-PEFT_TYPE_IN_FILES = (
-    f"{PEFT_TYPE} (install tca_fast, then import tca_fast.integrations.peft before loading with "
-    "PEFT; or load with tca_fast.load)"
-)
-FORMAT_VERSION = 1
-
-_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec")
 _KEY = re.compile(
     rf"base_model\.model\.(?:[^.]*[^.\d][^.]*\.)*(\d+)\.(?:[^.]+\.)*adapter\.({'|'.join(_TENSORS)})"
 )
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where adapters come from.
-
-    Attributes:
-        base, base_revision: model that gave the MLPs; None where unknown.
-        target, target_revision: fine-tuned model that the adapters imitate.
-        backbone: which of the two gave everything but the MLPs ("target" or "base").
-        fingerprint: of the model attached to; `save_pretrained` takes it when None. A trainer
-            that partitions parameters (ZeRO-3) takes it beforehand.
-    """
-
-    base: str | None = None
-    base_revision: str | None = None
-    target: str | None = None
-    target_revision: str | None = None
-    backbone: str = "target"
-    fingerprint: Fingerprint | None = None
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What `adapter_config.json` says.
-
-    Attributes:
-        adapter: shape and activation of the adapters.
-        provenance: models, revisions, backbone and fingerprint.
-        num_layers: L.
-        hidden_size: D.
-        dtype: of the stored tensors, e.g. "float32".
-    """
-
-    adapter: AdapterConfig
-    provenance: Provenance
-    num_layers: int
-    hidden_size: int
-    dtype: str
 
 
 def save_pretrained(
@@ -190,8 +146,11 @@ def read(
     directory = local_directory(directory, revision)
     info = read_adapter_config(directory)
     check_shape(model, info, directory)
-    if check_model:
-        check_fingerprint(fingerprint(model), info, directory, "pass check_model=False")
+    if check_model and (expected := info.provenance.fingerprint) is not None:
+        found = fingerprint(model)
+        if found.mlp != expected.mlp:
+            refuse_quantised(model)
+        check_fingerprint(found, info, directory, "pass check_model=False")
     return info, _read_layers(directory / WEIGHTS_NAME, info)
 
 
@@ -201,114 +160,6 @@ def copy_into(adapters: Sequence[TranscoderAdapter], layers: Sequence[dict[str, 
         for adapter, tensors in zip(adapters, layers, strict=True):
             for name, parameter in adapter.named_parameters():
                 parameter.copy_(tensors[name])
-
-
-def read_adapter_config(directory: str | Path) -> CheckpointInfo:
-    """Read and check `adapter_config.json` of a local checkpoint directory.
-
-    Raises:
-        UserError: no such file, not JSON, not a transcoder adapter, keys missing, values that do
-            not fit, or a format newer than this version.
-    """
-    path = Path(directory) / CONFIG_NAME
-    if not path.is_file():
-        raise UserError(_nothing_here(Path(directory)))
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
-    if not isinstance(config, dict) or config.get("peft_type") not in (
-        PEFT_TYPE,
-        PEFT_TYPE_IN_FILES,
-    ):
-        found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(
-            f"{path}: peft_type is {found!r}, not {PEFT_TYPE!r}; give a tca_fast adapter"
-        )
-    return parse_adapter_config(config, path)
-
-
-def adapter_config_json(info: CheckpointInfo, targets: str) -> str:
-    """The text of `adapter_config.json`.
-
-    Args:
-        info: what it shall say.
-        targets: which modules have adapters beside them, see `target_modules`.
-    """
-    names = asdict(info.provenance)
-    backbone = info.provenance.backbone
-    config = {
-        "peft_type": PEFT_TYPE_IN_FILES,
-        "task_type": "CAUSAL_LM",
-        "auto_mapping": None,
-        "base_model_name_or_path": names[backbone],
-        "revision": names[f"{backbone}_revision"],
-        "target_modules": targets,
-        "inference_mode": True,
-        **names,
-        **info.adapter.model_dump(mode="json"),
-        "num_layers": info.num_layers,
-        "hidden_size": info.hidden_size,
-        "dtype": info.dtype,
-        "format_version": FORMAT_VERSION,
-        "tca_fast_version": metadata.version("tca_fast"),
-    }
-    return json.dumps(config, indent=2) + "\n"
-
-
-def target_modules(layers_name: str) -> str:
-    """The MLPs of all decoder layers, as a regular expression that PEFT matches with paths.
-
-    Args:
-        layers_name: dotted path of the decoder layers in the model, for example "model.layers".
-    """
-    return rf"{re.escape(layers_name)}\.\d+\.{MLP_NAME}"
-
-
-def parse_adapter_config(config: Mapping[str, Any], path: Path | str) -> CheckpointInfo:
-    """Check the entries of `adapter_config.json`, read from `path`.
-
-    Raises:
-        UserError: keys missing, values that do not fit, or a format newer than this version.
-    """
-    from tca_fast.config import AdapterConfig
-
-    version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format_version {version!r} is newer than {FORMAT_VERSION}, the newest that "
-            "this tca_fast reads; upgrade tca_fast"
-        )
-
-    def get(name: str, kind: type | tuple[type, ...]) -> Any:
-        value = config.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise UserError(f"{path}: {name} is {value!r}, which does not fit; save it again")
-        return value
-
-    text = (str, type(None))
-    try:
-        adapter = AdapterConfig(**{name: config[name] for name in AdapterConfig.model_fields})
-    except KeyError as error:
-        raise UserError(f"{path}: {error.args[0]} is missing; save the adapters again") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    marks = get("fingerprint", (dict, type(None)))
-    if marks is not None and {"mlp", "rest"} - marks.keys():
-        raise UserError(f"{path}: fingerprint lacks mlp or rest; save the adapters again")
-    provenance = Provenance(
-        base=get("base", text),
-        base_revision=get("base_revision", text),
-        target=get("target", text),
-        target_revision=get("target_revision", text),
-        backbone=get("backbone", str),
-        fingerprint=Fingerprint(marks["mlp"], marks["rest"]) if marks else None,
-    )
-    if get("dtype", str) not in _DTYPES:
-        raise UserError(f"{path}: dtype is {config['dtype']!r}; known are {', '.join(_DTYPES)}")
-    return CheckpointInfo(
-        adapter, provenance, get("num_layers", int), get("hidden_size", int), config["dtype"]
-    )
 
 
 def check_shape(model: PreTrainedModel, info: CheckpointInfo, source: str | Path) -> None:
@@ -383,31 +234,11 @@ def local_directory(directory: str | Path, revision: str | None) -> Path:
         ) from None
 
 
-def _nothing_here(directory: Path) -> str:
-    """Why a directory without `adapter_config.json` cannot be loaded, and what to do."""
-    if not directory.is_dir():
-        return f"directory: {directory} does not exist; give a directory with {CONFIG_NAME}"
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    if isinstance(config, dict) and "transcoder_n_features" in config:
-        return (
-            f"directory: {directory} is a whole model in the paper's format; use "
-            "tca_fast.formats.paper.load_paper_checkpoint"
-        )
-    found = ", ".join(sorted(child.name for child in directory.iterdir())[:8]) or "nothing"
-    return (
-        f"directory: no adapter in {directory}: expected {CONFIG_NAME} and {WEIGHTS_NAME}, found "
-        f"{found}; give the directory that save_pretrained wrote"
-    )
-
-
 def _read_layers(path: Path, info: CheckpointInfo) -> list[dict[str, Tensor]]:
     """The tensors of every layer, after every name, shape and dtype was checked."""
     if not path.is_file():
         raise UserError(f"{path}: missing beside {CONFIG_NAME}; copy it there")
-    shapes = _expected_shapes(info)
+    shapes = tensor_shapes(info.adapter, info.hidden_size)
     layers: list[dict[str, Tensor]] = [{} for _ in range(info.num_layers)]
     foreign = []
     for key, tensor in read_tensors({path: None}).items():
@@ -437,16 +268,6 @@ def _read_layers(path: Path, info: CheckpointInfo) -> list[dict[str, Tensor]]:
                 f"{path}: {problem} {', '.join(names[:4])}{more}; save the adapters again"
             )
     return layers
-
-
-def _expected_shapes(info: CheckpointInfo) -> dict[str, tuple[int, ...]]:
-    features, width = info.adapter.num_features, info.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (features, width),
-        "b_enc": (features,),
-        "W_dec": (features, width),
-    }
-    return shapes | ({"b_dec": (width,)} if info.adapter.decoder_bias else {})
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 _NUM_ROWS = 64
 _SMALLEST_NORMAL_HALF = 2.0**-14
+_QUANTISED = (
+    *(torch.int8, torch.uint8, torch.int16, torch.int32),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+)
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,31 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     return Fingerprint(mlp.hexdigest()[:16], rest.hexdigest()[:16])
 
 
+def refuse_quantised(model: PreTrainedModel) -> None:
+    """Say so where the MLPs differ from those of a released model because they are quantised.
+
+    Raises:
+        UserError: the first MLP holds packed integers or 8-bit floats, or no matrices at all.
+    """
+    mlp = getattr(decoder_parts(model).layers[0], MLP_NAME)
+    tensors = dict([*mlp.named_parameters(), *mlp.named_buffers()])
+    packed = [name for name, tensor in tensors.items() if tensor.dtype in _QUANTISED]
+    if packed or not any(tensor.dim() >= 2 for tensor in tensors.values()):
+        what = f"{packed[0]} is {tensors[packed[0]].dtype}" if packed else "no matrices are left"
+        raise UserError(
+            f"model: its MLP weights are quantised ({what}), so they cannot be compared with those "
+            "that the adapters were trained beside; load it without quantisation, or pass "
+            "check_model=False if it is meant"
+        )
+
+
 def _hash_weights(digest: Any, weights: list[tuple[str, nn.Parameter]]) -> None:
     for name, weight in weights:
+        if weight.is_meta:
+            raise UserError(
+                f"fingerprint: {name} is not in memory (offloaded, or on the meta device); load "
+                "the model without offloading"
+            )
         if weight.numel() == 0:
             raise UserError(
                 f"fingerprint: {name} holds no values here (partitioned by ZeRO-3?); take the "

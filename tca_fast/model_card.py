@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tca_fast.checkpoint import CheckpointInfo, Provenance
+    from tca_fast.adapter_config import CheckpointInfo, Provenance
 
 _CARD = """\
 ---
@@ -69,7 +69,14 @@ def model_card(info: CheckpointInfo) -> str:
 
 def model_to_load(provenance: Provenance) -> str:
     """The model that the adapters attach to, in words."""
-    base, target = provenance.base or "the base model", provenance.target or "the target model"
+    base = _named(provenance.base, provenance.base_revision, "the base model")
+    target = _named(provenance.target, provenance.target_revision, "the target model")
     if provenance.backbone == "base":
         return base
     return f"the hybrid, which is {target} with the MLPs of {base}"
+
+
+def _named(model: str | None, revision: str | None, unknown: str) -> str:
+    if model is None:
+        return unknown
+    return model if revision is None else f"{model} at revision {revision}"

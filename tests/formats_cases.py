@@ -4,7 +4,7 @@ import torch
 from tiny import randomise, tiny_qwen2
 
 import tca_fast
-from tca_fast.checkpoint import Provenance
+from tca_fast.adapter_config import Provenance
 from tca_fast.formats import conversion
 
 LAYERS, WIDTH, FEATURES, K = 3, 24, 7, 2

@@ -111,7 +111,7 @@ def test_tokenizers_may_differ_in_added_tokens_only():
 @pytest.mark.parametrize("backbone", ["target", "base"])
 def test_a_checkpoint_brings_its_models_along(tmp_path, backbone):
     """Train-time stream, saved, equals what `load_adapted` assembles from the recorded names."""
-    from tca_fast.checkpoint import Provenance
+    from tca_fast.adapter_config import Provenance
 
     for name, seed in (("base", 1), ("target", 2)):
         tiny_qwen2(seed=seed).save_pretrained(tmp_path / name)

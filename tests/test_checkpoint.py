@@ -15,7 +15,7 @@ from tiny import randomise, tiny_llama, tiny_qwen2
 
 import tca_fast
 from tca_fast import checkpoint, durable
-from tca_fast.checkpoint import Provenance, read_adapter_config
+from tca_fast.adapter_config import Provenance, read_adapter_config
 from tca_fast.errors import UserError
 from tca_fast.fingerprint import fingerprint
 

@@ -34,8 +34,8 @@ def stand_ins(folder: Path) -> None:
     from tiny_pair import character_tokenizer
 
     import tca_fast
+    from tca_fast.adapter_config import Provenance
     from tca_fast.bridging.streams import build_streams
-    from tca_fast.checkpoint import Provenance
 
     tiny_qwen2(num_hidden_layers=4).save_pretrained(folder / "Qwen" / "Qwen2.5-Math-7B")
     tokenizer = character_tokenizer()

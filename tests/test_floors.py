@@ -31,6 +31,7 @@ FLOORS = {
     "tokenizer": 2,
     "feature_table": 3,
     "attachment": 3,
+    "adapter_config": 3,
     "checkpoint": 3,
     "fingerprint": 3,
     "model_card": 3,

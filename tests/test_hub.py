@@ -11,7 +11,7 @@ from test_checkpoint import PROVENANCE, contents, make_adapted, make_model
 from typer.testing import CliRunner
 
 import tca_fast
-from tca_fast.checkpoint import Provenance, read_adapter_config
+from tca_fast.adapter_config import Provenance, read_adapter_config
 from tca_fast.cli import app
 from tca_fast.errors import UserError
 from tca_fast.hub.card import MISSING, with_figures

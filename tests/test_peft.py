@@ -12,7 +12,7 @@ from tiny import SHAPE, batch, randomise
 from zoo import ZOO, make
 
 import tca_fast
-from tca_fast.checkpoint import PEFT_TYPE_IN_FILES, Provenance
+from tca_fast.adapter_config import PEFT_TYPE_IN_FILES, Provenance
 from tca_fast.errors import UserError
 
 pytest.importorskip("peft", reason="pip install 'peft>=0.21'")

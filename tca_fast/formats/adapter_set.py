@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tca_fast.checkpoint import CheckpointInfo, Provenance
+from tca_fast.adapter_config import CheckpointInfo, Provenance, tensor_shapes
 from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
 from tca_fast.fingerprint import Fingerprint
@@ -79,7 +79,7 @@ class AdapterSet:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Our tensors of one layer and their shapes."""
-        return _shapes(self.info.adapter, self.info.hidden_size)
+        return tensor_shapes(self.info.adapter, self.info.hidden_size)
 
     def tensor(self, layer: int, name: str) -> Tensor:
         """One tensor in our layout, read now; zeros for a decoder bias the adapters lack."""
@@ -128,7 +128,7 @@ def open_adapters(
     Raises:
         UserError: a tensor is missing, left over, misshapen or of another dtype.
     """
-    shapes = _shapes(adapter, hidden_size)
+    shapes = tensor_shapes(adapter, hidden_size)
     placed: dict[str, dict[str, tuple[int, ...]]] = {}
     for layer in range(num_layers):
         for name, file, key, transposed in placements(layer):
@@ -159,16 +159,6 @@ def _check_tensor(
         raise UserError(
             f"{path}: {key} is {here}, expected {wanted}; the files are not of one export"
         )
-
-
-def _shapes(adapter: AdapterConfig, width: int) -> dict[str, tuple[int, ...]]:
-    features = adapter.num_features
-    shapes: dict[str, tuple[int, ...]] = {
-        "W_enc": (features, width),
-        "b_enc": (features,),
-        "W_dec": (features, width),
-    }
-    return shapes | ({"b_dec": (width,)} if adapter.decoder_bias else {})
 
 
 def origin_record(adapters: AdapterSet) -> dict[str, Any]:

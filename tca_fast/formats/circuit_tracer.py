@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from tca_fast.checkpoint import Provenance
+from tca_fast.adapter_config import Provenance
 from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import (

@@ -1,6 +1,7 @@
 """Our own checkpoints (see `tca_fast.checkpoint`), one tensor at a time.
 
     adapter_config.json         as `save_pretrained` writes it, key for key
+    README.md                   its model card
     adapter_model.safetensors   base_model.model.{layers}.{i}.mlp.adapter.{W_enc,b_enc,W_dec,b_dec}
 
 `save_pretrained` needs the model the adapters are attached to; this needs none.
@@ -11,17 +12,19 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tca_fast.attachment import MLP_NAME
-from tca_fast.checkpoint import (
+from tca_fast.adapter_config import (
+    CARD_NAME,
     CONFIG_NAME,
     WEIGHTS_NAME,
     adapter_config_json,
     read_adapter_config,
     target_modules,
 )
+from tca_fast.attachment import MLP_NAME
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import AdapterSet, Export, Placement, open_adapters
 from tca_fast.formats.tensor_files import read_headers
+from tca_fast.model_card import model_card
 
 _KEY = re.compile(rf"base_model\.model\.(.+)\.0\.{MLP_NAME}\.adapter\.W_enc")
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
@@ -68,7 +71,7 @@ def read(directory: Path) -> AdapterSet:
 def export(adapters: AdapterSet) -> Export:
     """A checkpoint that `tca_fast.load` reads."""
     names = list(adapters.shapes())
-    notes = ["no README.md is written: load the adapters and save_pretrained them for a model card"]
+    notes = []
     if adapters.info.provenance.fingerprint is None:
         notes.append(
             "the model the adapters belong to is not known by its weights: tca_fast.load cannot "
@@ -77,7 +80,7 @@ def export(adapters: AdapterSet) -> Export:
     config = adapter_config_json(adapters.info, target_modules(adapters.layers_name))
     return Export(
         lambda layer: _placements(adapters.layers_name, layer, names),
-        {CONFIG_NAME: config.encode()},
+        {CONFIG_NAME: config.encode(), CARD_NAME: model_card(adapters.info).encode()},
         notes,
         {},
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tca_fast.checkpoint import Provenance
+from tca_fast.adapter_config import Provenance
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import AdapterSet, Export, Placement
 from tca_fast.formats.paper import is_adapter_tensor, tensor_name

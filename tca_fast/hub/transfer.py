@@ -13,8 +13,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tca_fast.checkpoint import (
-    CARD_NAME,
+from tca_fast.adapter_config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     CheckpointInfo,
@@ -22,6 +21,7 @@ from tca_fast.checkpoint import (
     read_adapter_config,
     target_modules,
 )
+from tca_fast.checkpoint import CARD_NAME
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
 from tca_fast.formats import native

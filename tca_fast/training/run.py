@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from tca_fast.adapter_config import Provenance
 from tca_fast.bridging.inputs import check_packing
 from tca_fast.bridging.objective import sample_cutoffs
 from tca_fast.bridging.steps import STEPS
 from tca_fast.bridging.streams import Streams, load_streams, load_tokenizer
-from tca_fast.checkpoint import Provenance
 from tca_fast.config import TrainConfig, dump_config
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError

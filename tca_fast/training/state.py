@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tca_fast.checkpoint import Provenance
+from tca_fast.adapter_config import Provenance
 from tca_fast.config import TrainConfig
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tca_fast.adapter_config import Provenance
 from tca_fast.bridging.objective import sample_cutoffs
 from tca_fast.bridging.streams import Streams
-from tca_fast.checkpoint import Provenance
 from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
 from tca_fast.sparsity import FeatureAges

@@ -14,7 +14,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tca_fast.checkpoint import PEFT_TYPE, PEFT_TYPE_IN_FILES, local_directory
+from tca_fast.adapter_config import PEFT_TYPE, PEFT_TYPE_IN_FILES
+from tca_fast.checkpoint import local_directory
 
 try:
     from peft.utils import PeftType, register_peft_method

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from tca_fast.attachment import decoder_parts
-from tca_fast.checkpoint import (
+from tca_fast.adapter_config import (
     CONFIG_NAME,
     FORMAT_VERSION,
     CheckpointInfo,
@@ -19,6 +18,7 @@ from tca_fast.checkpoint import (
     parse_adapter_config,
     target_modules,
 )
+from tca_fast.attachment import decoder_parts
 from tca_fast.config import AdapterConfig
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
@@ -38,7 +38,7 @@ class TranscoderAdapterConfig(PeftConfig):
     Attributes:
         num_features, activation, k, decoder_bias: as in `tca_fast.AdapterConfig`.
         seed: of fresh encoder weights; not saved.
-        base, base_revision, target, target_revision, backbone: as in `checkpoint.Provenance`.
+        base, base_revision, target, target_revision, backbone: as in `adapter_config.Provenance`.
             Without any of them the model at hand is recorded as base and backbone.
         fingerprint: of the model that the adapters belong to; None accepts any of their shape.
         target_modules: the MLPs of all decoder layers; adapters stand beside every one.

@@ -1,0 +1,179 @@
+"""What a newcomer gets wrong when attaching or loading, and the sentence that answers it."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from tiny import SHAPE, randomise, tiny_qwen2
+from torch import nn
+
+import tca_fast
+from tca_fast.adapter_config import Provenance
+from tca_fast.errors import UserError
+
+PROVENANCE = Provenance("org/base", "v1", "org/target", "v2", "target")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Adapters of `tiny_qwen2(0)`, with a folder of each kind beside them."""
+    folder = tmp_path_factory.mktemp("saved")
+    adapted = tca_fast.attach(tiny_qwen2(), tca_fast.AdapterConfig(num_features=20))
+    randomise(adapted)
+    adapted.save_pretrained(folder / "adapter", PROVENANCE)
+    tca_fast.detach(adapted.model).save_pretrained(folder / "model")
+    return folder
+
+
+def with_mlp(change):
+    model = tiny_qwen2()
+    for layer in model.model.layers:
+        change(layer)
+    return model
+
+
+def with_packed_weights():
+    """As bitsandbytes and GPTQ keep them: integers in the place of the matrix."""
+
+    def pack(layer):
+        projection = layer.mlp.up_proj
+        integers = (projection.weight * 20).to(torch.int8)
+        projection.weight = nn.Parameter(integers, requires_grad=False)
+
+    return with_mlp(pack)
+
+
+def dynamically_quantised():
+    """By PyTorch itself, which keeps no tensors in the module."""
+    return torch.ao.quantization.quantize_dynamic(tiny_qwen2(), {nn.Linear}, torch.qint8)
+
+
+def tuned_further():
+    model = tiny_qwen2()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.up_proj.weight.mul_(1.5)
+    return model
+
+
+def without_a_layer():
+    model = tiny_qwen2()
+    del model.model.layers[2]
+    model.config.num_hidden_layers = 2
+    return model
+
+
+def opt():
+    settings = {**SHAPE, "ffn_dim": 40, "word_embed_proj_dim": 24}
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**settings))
+
+
+LOADING = {
+    "the wrong base model": (
+        lambda: tiny_qwen2(7),
+        "adapter",
+        "MLP weights .* so it is not the model the adapters in .* were trained beside; load the "
+        "hybrid, which is org/target at revision v2 with the MLPs of org/base at revision v1",
+    ),
+    "an adapter of another revision": (
+        tuned_further,
+        "adapter",
+        "fingerprint has MLP weights .*; load .* org/base at revision v1, or pass check_model",
+    ),
+    "the wrong width": (
+        lambda: tiny_qwen2(hidden_size=48),
+        "adapter",
+        "hidden_size: the adapters .* trained with 24, this model has 48; load the hybrid",
+    ),
+    "a layer missing": (
+        without_a_layer,
+        "adapter",
+        "num_layers: the adapters .* trained with 3, this model has 2; load the hybrid",
+    ),
+    "quantised MLP weights": (
+        with_packed_weights,
+        "adapter",
+        "MLP weights are quantised .up_proj.weight is torch.int8.* check_model=False if it is",
+    ),
+    "MLPs quantised by PyTorch": (
+        dynamically_quantised,
+        "adapter",
+        "MLP weights are quantised .no matrices are left.*; load it without quantisation",
+    ),
+    "a model in the adapter's place": (
+        tiny_qwen2,
+        "model",
+        "no adapter in .*model: expected adapter_config.json .* give the directory that "
+        "save_pretrained wrote",
+    ),
+    "a path that is not there": (tiny_qwen2, "adaptr", "adaptr does not exist; give a directory"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("mistake", LOADING)
+def test_loading(saved, mistake):
+    make, name, message = LOADING[mistake]
+    model = make()
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(UserError, match=message) as caught:
+        tca_fast.load(model, saved / name)
+    assert "\n" not in str(caught.value)
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("make", [with_packed_weights, tuned_further])
+def test_other_weights_load_when_they_are_meant(saved, make):
+    adapted = tca_fast.load(make(), saved / "adapter", check_model=False)
+    assert adapted.layers[0].W_dec.any()
+
+
+ATTACHING = {
+    "no language model": (lambda: nn.Linear(3, 3), "no config.num_hidden_layers; pass a Hugging"),
+    "no head": (
+        lambda: transformers.Qwen2Model(transformers.Qwen2Config(**SHAPE)),
+        "no language-model head; pass a causal language model",
+    ),
+    "a name in the model's place": (lambda: "Qwen/Qwen2.5-7B", "str has no config"),
+    "a layer without MLP": (
+        lambda: with_mlp(lambda layer: delattr(layer, "mlp") if layer.self_attn.layer_idx else 0),
+        "no child named 'mlp' in model.layers.1, only self_attn",
+    ),
+    "no MLP module": (opt, "no child named 'mlp' in model.decoder.layers.0, only .* fc1, fc2"),
+    "adapters already there": (
+        lambda: tca_fast.attach(tiny_qwen2(), tca_fast.AdapterConfig(num_features=2)).model,
+        "already attached; call tca_fast.detach",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", ATTACHING)
+def test_attaching(mistake):
+    make, message = ATTACHING[mistake]
+    with pytest.raises(UserError, match=message) as caught:
+        tca_fast.attach(make(), tca_fast.AdapterConfig(num_features=2))
+    assert "\n" not in str(caught.value)
+
+
+def test_offloaded_mlps():
+    accelerate = pytest.importorskip("accelerate")
+    model = accelerate.cpu_offload(tiny_qwen2(), execution_device="cpu")
+    with pytest.raises(UserError, match="MLP of layer 0 is offloaded .* choose a device_map"):
+        tca_fast.attach(model, tca_fast.AdapterConfig(num_features=2))
+
+
+class TestAutoModel:
+    """An adapter repository opened as if it were a model: transformers answers, not we."""
+
+    def test_with_peft_the_answer_names_what_to_install_and_call(self, saved, tmp_path):
+        pytest.importorskip("peft")
+        directory = tmp_path / "adapter"
+        directory.mkdir()
+        for file in (saved / "adapter").iterdir():
+            (directory / file.name).write_bytes(file.read_bytes())
+        config = json.loads((directory / "adapter_config.json").read_text())
+        config["base_model_name_or_path"], config["revision"] = str(saved / "model"), None
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(KeyError, match="install tca_fast.*or load with tca_fast.load"):
+            transformers.AutoModelForCausalLM.from_pretrained(directory)
