@@ -1,6 +1,7 @@
 """The documentation: every code block is run, and the site is built with broken links as errors."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
     for page in PAGES[1:]:
         name = "" if page.stem == "index" else page.stem
         assert (tmp_path / name / "index.html").is_file(), page
+
+
+def test_links_of_the_readme_lead_somewhere():
+    # Those between pages are checked by the build.
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link]
+    assert local and not [link for link in local if not (ROOT / link).exists()]
 
 
 class TestRunner:
