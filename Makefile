@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.tca_fast
 
-.PHONY: demo docs test test-transformers test-long drill sanitize bench gpu lint clean
+.PHONY: demo docs test test-transformers test-long drill soak sanitize bench gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/tca-fast demo
@@ -28,9 +28,11 @@ $(LOWEST)/.installed: constraints-lowest.txt $(INSTALLED)
 	touch $@
 
 # Ten thousand random cases of every random test for the C++ backend and 500 for the others, with
-# their count, and the cases marked slow, which need 9 GB and run one after another.
+# their count, ten thousand damaged checkpoints and configurations, and the cases marked slow, which
+# need 9 GB and run one after another.
 test-long: $(INSTALLED)
-	$(BIN)/python -m pytest tests/test_ops*.py tests/test_kernels.py tests/test_planning_memory.py -n auto --dist loadgroup \
+	$(BIN)/python -m pytest tests/test_ops*.py tests/test_kernels.py tests/test_planning_memory.py \
+		tests/test_training_fuzz.py tests/test_rank_counts.py -n auto --dist loadgroup \
 		--hypothesis-profile=long --hypothesis-show-statistics
 
 # Training on two ranks is killed, its disk filled and its checkpoints damaged N times; every resume is
@@ -38,6 +40,11 @@ test-long: $(INSTALLED)
 N ?= 200
 drill: $(INSTALLED)
 	$(BIN)/python tests/drill.py --faults $(N) --out build/drill
+
+# Two ranks train for MINUTES; memory and open files must not grow.
+MINUTES ?= 30
+soak: $(INSTALLED)
+	$(BIN)/python tests/soak.py --minutes $(MINUTES) --out build/soak
 
 # The extension compiled with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
 SANITIZED := build/sanitized

@@ -22,6 +22,17 @@ from tca_fast.errors import UserError
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, values: Any) -> Any:
+        """YAML reads `yes`, `on` and `true` as truth values, which would pass for the number 1."""
+        if isinstance(values, dict):
+            for name, value in values.items():
+                field = cls.model_fields.get(name)
+                if isinstance(value, bool) and field and field.annotation is not bool:
+                    raise ValueError(f"{name}={value} is a truth value; quote it if text is meant")
+        return values
+
 
 class AdapterConfig(_Config):
     """Shape and activation of the adapters, the same for every layer (paper §3, contract §1.1).

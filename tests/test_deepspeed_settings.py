@@ -115,6 +115,8 @@ def test_what_is_off_is_no_trap(pair):
         ("{", "cannot be read as JSON"),
         ("[]", "is not a JSON object"),
         ('{"optimizer": {"type": "Adam"}}', "sets 'optimizer'; remove it"),
+        ('{"zero_optimisation": {"stage": 2}}', "unknown; did you mean 'zero_optimization'"),
+        ('{"zero_optimization": 2}', "sets zero_optimization to 2; it needs a block"),
     ],
 )
 def test_files_that_cannot_be_meant_are_refused(tmp_path, text, message):

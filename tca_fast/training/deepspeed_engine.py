@@ -8,6 +8,7 @@ but equally on all ranks, so its prefetch trace is dropped now and then and noth
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import socket
@@ -84,6 +85,7 @@ class DeepSpeedGroup:
         self.settings = fill_settings(settings, config, self.num_ranks, self.device, path)
         self.stage = int(self.settings.get("zero_optimization", {}).get("stage", 0))
         self._check_agreement(config)
+        _check_settings(self.settings, path)
 
     def _check_agreement(self, config: TrainConfig) -> None:
         """Refuse ranks that were started differently, which would train on without noticing.
@@ -108,6 +110,23 @@ class DeepSpeedGroup:
                         f"differ in {name}{_versions(ranks[0][name], theirs[name])}; install and "
                         "start the same on every node"
                     )
+
+
+def _check_settings(settings: dict[str, Any], path: Path) -> None:
+    """Have DeepSpeed read the settings before any model is loaded.
+
+    Raises:
+        UserError: it refuses them.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(json.loads(json.dumps(settings)))
+    except Exception as error:  # of many kinds, assertions among them
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"deepspeed: {path}: DeepSpeed refuses it ({reason}); start from configs/zero2.json"
+        ) from None
 
 
 def _versions(ours: object, theirs: object) -> str:

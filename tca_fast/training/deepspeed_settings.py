@@ -6,6 +6,7 @@ something else than the run configuration says or leave checkpoints that cannot 
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ _FOREIGN_BLOCKS = {
     "fp16": "pair.dtype: bfloat16, since float16 would need loss scaling",
 }
 
+
+# What may stand in the file beside that: blocks, and single values.
+_BLOCKS = ("bf16", "data_types", "zero_optimization", "comms_logger", "flops_profiler", "aio")
+_VALUES = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+    *("gradient_clipping", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"),
+    *("communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
+)
 
 # Settings that are refused when on: why, and the nearest that works.
 _TRAPS = {
@@ -56,6 +66,16 @@ def read_settings(path: Path) -> dict[str, Any]:
     for block, instead in _FOREIGN_BLOCKS.items():
         if block in settings:
             raise UserError(f"deepspeed: {path} sets {block!r}; remove it and use {instead}")
+    known = [*_BLOCKS, *_VALUES, *(name for name in _TRAPS if "." not in name)]
+    for name, value in settings.items():
+        if name not in known:
+            # DeepSpeed itself would pass over it, and train without the stage that was meant.
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise UserError(f"deepspeed: {path} sets {name!r}, which is unknown; {remedy}")
+        if (name in _BLOCKS) != isinstance(value, dict) and name not in _TRAPS:
+            kind = "a block in braces" if name in _BLOCKS else "a single value"
+            raise UserError(f"deepspeed: {path} sets {name} to {value!r}; it needs {kind}")
     return settings
 
 

@@ -1,0 +1,74 @@
+"""Fifty steps on 1, 2 and 4 CPU ranks under every ZeRO stage, and every hand-over between them.
+
+    python tests/rank_counts.py OUT [--steps 50]
+
+Writes OUT/{stage}x{ranks}/log.jsonl, and OUT/{stage}x{ranks}_resumed where the middle checkpoint of
+the run before in the list is taken over.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import forked_ranks
+from tqdm import tqdm
+
+STAGES = ("0", "1", "2", "2_offload", "3")
+RANKS = (1, 2, 4)
+# Neighbours differ in stage and in ranks, so that hand-overs change both.
+RUNS = [(stage, RANKS[(i + j) % 3]) for j in range(3) for i, stage in enumerate(STAGES)]
+
+
+def name_of(stage: str, num_ranks: int) -> str:
+    return f"{stage}x{num_ranks}"
+
+
+def settings(out: Path, stage: str) -> Path:
+    path = out / f"zero{stage}.json"
+    zero: dict = {"stage": int(stage[0])}
+    if stage == "2_offload":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == "3":
+        zero["stage3_param_persistence_threshold"] = 100
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    return path
+
+
+def train(out: Path, stage: str, num_ranks: int, output: str, steps: int, *more: str) -> None:
+    arguments = [str(out / "run.yaml"), "--deepspeed", str(settings(out, stage))]
+    arguments += ["run.per_device_train_batch_size=1", f"run.max_steps={steps}"]
+    arguments += ["run.num_epochs=20", f"run.save_steps={steps // 2}", "run.save_total_limit=9"]
+    arguments += [f"run.output_dir={out / output}", "run.eval_steps=0", *more]
+    ranks = forked_ranks.Ranks(num_ranks, arguments, out / "said")
+    if not ranks.wait(600) or any(ranks.statuses.values()):
+        raise SystemExit(f"{output} ended with {ranks.statuses}\n{ranks.said()[-3000:]}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    forked_ranks.preload()
+    from tiny_pair import make_pair
+
+    assert os.waitpid(forked_ranks.fork(lambda: make_pair(out) and 0), 0)[1] == 0
+    for stage, num_ranks in tqdm(RUNS, desc="runs"):
+        train(out, stage, num_ranks, name_of(stage, num_ranks), options.steps)
+    for before, (stage, num_ranks) in tqdm(list(zip(RUNS, RUNS[1:], strict=False)), desc="resumes"):
+        output = f"{name_of(stage, num_ranks)}_resumed"
+        shutil.copytree(out / name_of(*before), out / output)
+        shutil.rmtree(out / output / "adapter")
+        checkpoint = out / output / "checkpoints" / f"step_{options.steps // 2:06d}"
+        resume = f"run.resume_from_checkpoint={checkpoint}"
+        train(out, stage, num_ranks, output, options.steps, resume)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
