@@ -169,7 +169,7 @@ def test_a_conversation_that_cannot_be_encoded_is_named(corpus, tmp_path):
 
 def test_a_directory_that_cannot_be_written_is_named(corpus, tmp_path):
     write(tmp_path / "file", "x")
-    with pytest.raises(UserError, match="data.cache_dir: .* cannot be written .Not a directory"):
+    with pytest.raises(UserError, match="data.cache_dir: .* cannot be written and locked"):
         opened(corpus, counted(), tmp_path / "file")
 
 

@@ -8,6 +8,7 @@ damaged shard is made anew. Memory holds the lengths; ids are mapped from the di
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,9 +85,12 @@ def open_tokens(
         min(SHARD_SEQUENCES, len(corpus) - start)
         for start in range(0, len(corpus), SHARD_SEQUENCES)
     ]
-    if _missing(folder, counts, key):
+    shards = _read_all(folder, counts, key)
+    if None in shards:
         with _lock(folder):
-            missing = _missing(folder, counts, key)
+            # Another process may have been at it.
+            shards = _read_all(folder, counts, key)
+            missing = [number for number, shard in enumerate(shards) if shard is None]
             damaged = [number for number in missing if (folder / _name(number)).exists()]
             if damaged:
                 tqdm.write(
@@ -95,12 +98,11 @@ def open_tokens(
                     f"made anew, first {_name(damaged[0])}",
                     file=sys.stderr,
                 )
-            _compute(folder, missing, counts, key, corpus, encoder, show_progress)
-    shards = [
-        _read(folder / _name(number), _label(key, number), count)
-        for number, count in enumerate(counts)
-    ]
-    return Tokens(shards, corpus.line_numbers)
+            if missing:
+                _compute(folder, missing, counts, key, corpus, encoder, show_progress)
+        for number in missing:
+            shards[number] = _read(folder / _name(number), _label(key, number), counts[number])
+    return Tokens([shard for shard in shards if shard is not None], corpus.line_numbers)
 
 
 def cache_directory(configured: str | None) -> Path:
@@ -160,14 +162,15 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def _missing(folder: Path, counts: Sequence[int], key: str) -> list[int]:
-    missing = []
+def _read_all(folder: Path, counts: Sequence[int], key: str) -> list[_Shard | None]:
+    """Every shard, or None where it is missing or damaged."""
+    shards: list[_Shard | None] = []
     for number, count in enumerate(counts):
         try:
-            _read(folder / _name(number), _label(key, number), count)
+            shards.append(_read(folder / _name(number), _label(key, number), count))
         except _Damaged:
-            missing.append(number)
-    return missing
+            shards.append(None)
+    return shards
 
 
 def _label(key: str, number: int) -> dict[str, str]:
@@ -206,19 +209,19 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Held by one process at a time; given back by the system when that process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir: {folder} cannot be written ({error.strerror}); choose a directory "
-            "that can"
-        ) from None
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / ".lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir: {folder} cannot be written and locked ({error.strerror}); choose "
+                "a directory that can"
+            ) from None
         yield
 
 
