@@ -22,7 +22,8 @@ TORCH_2_11 = "0x020b000000000000"
 PYTHON_3_10 = "0x030a0000"
 # A100 and H100; what is newer compiles the first again when it loads it.
 DEVICES = ["arch=compute_80,code=[sm_80,compute_80]", "arch=compute_90a,code=sm_90a"]
-CUDA_MODULE, CUDA_SOURCE = "tca_fast._cuda", "csrc/cuda/operators.cu"
+CUDA_MODULE = "tca_fast._cuda"
+CUDA_SOURCES = ["csrc/cuda/inference.cu", "csrc/cuda/operators.cu"]
 
 
 def extensions() -> list:
@@ -45,7 +46,7 @@ def cuda_extension() -> list:
         return []
     headers = [str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh")]
     # Not among the sources: torch's build refuses .cu files where torch was built without CUDA.
-    depends = [CUDA_SOURCE, *sorted(headers)]
+    depends = [*CUDA_SOURCES, *sorted(headers)]
     return [Extension(CUDA_MODULE, ["csrc/registration.cpp"], depends=depends, py_limited_api=True)]
 
 
@@ -75,7 +76,7 @@ class Build(BuildExtension):
         command += [f"-L{path}" for path in library_paths()]
         command += [
             *ext.sources,
-            CUDA_SOURCE,
+            *CUDA_SOURCES,
             "-ltorch",
             "-ltorch_cpu",
             "-lc10",

@@ -21,6 +21,10 @@ MOST_REGISTERS = {
     "decoder_segment_kernel": 128,
     "count_kernel": 64,
     "place_kernel": 64,
+    "topk_kernel": 64,  # blocks of up to 1024 threads
+    "slab_kernel": 128,  # a block of 512 threads
+    "generation_kernel": 128,  # two blocks of 256 threads
+    "round_weights_kernel": 64,
 }
 # The decoder's kernel for rows that do not start on 16 bytes: no model has such.
 NOT_HOT = re.compile(r"decoder_segment_kernelI\w+?Li1ELi8E")

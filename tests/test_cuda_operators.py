@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from operator_cases import cases, raw
 from test_ops_random import adapter_of, check_adapter
 
-from tca_fast import registry
+from tca_fast import reference, registry
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
@@ -76,3 +76,16 @@ def test_blocks_of_several_warps(case, T, D, F, capacity):
     """Also tiles of 256 tokens and of 1024 features, and segments of several batches."""
     case = replace(case, T=T, D=D, F=F, bias=-3.0 * D**0.5, density=capacity / 2)
     check_adapter(case, adapter_of(case))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_topk_of_a_wide_layer_with_ties(dtype):
+    """Few distinct values, so that most choices are between ties; NaN is the largest."""
+    generator = torch.Generator().manual_seed(0)
+    W_enc = torch.randint(-300, 9, (9000, 1), generator=generator).to(dtype) / 8
+    b_enc = torch.zeros(9000, dtype=dtype)
+    b_enc[7] = torch.nan
+    arguments = (torch.ones(2, 1, dtype=dtype), W_enc, b_enc, 200, 400)
+    expected = reference.encode(*arguments)
+    for ours, theirs in zip(raw("encode")(*arguments), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
