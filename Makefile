@@ -65,13 +65,15 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks/bench_layer.py benchmarks/bench_ops.py -q --benchmark-quiet \
 		--out $(RESULTS) $(BENCH)
 
-# Everything a GPU has to show, with the Python of that machine; benchmarks/gpu.py names the stages.
+# Everything a GPU has to show, with the Python of that machine and nothing installed but the package
+# itself; benchmarks/gpu/__main__.py names the stages. DEVICE=cpu rehearses them without a GPU.
 STAGE ?= all
 OUT ?= gpu-results
+DEVICE ?= cuda
 gpu:
 	$(PYTHON) -c "import tca_fast.kernels" 2>/dev/null || \
 		$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT)
+	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) --device $(DEVICE)
 
 # The documentation site, in build/site; a link that leads nowhere is an error.
 docs: $(INSTALLED)

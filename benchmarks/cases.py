@@ -73,6 +73,17 @@ CASES = {
         Case("tiny half dense", 48, 32, 160, 80, "uniform"),
         Case("tiny topk=6", 48, 32, 160, 80, "uniform", k=6),
     ],
+    # Small enough for Triton's interpreter, which takes milliseconds for a program.
+    "rehearsal": [
+        Case("rehearsal l0=4", 3, 8, 24, 4),
+        Case("rehearsal topk=3", 3, 8, 24, 12, "uniform", k=3),
+    ],
+}
+
+# Tokens that are generated at once, by model.
+GENERATION_CASES = {
+    "cuda": [Case(f"7B, {T} tokens", T, 3584, 8192, 10) for T in (1, 2, 4, 8, 16, 32)],
+    "rehearsal": [Case(f"rehearsal, {T} tokens", T, 8, 24, 4) for T in (1, 4)],
 }
 
 

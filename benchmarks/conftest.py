@@ -19,7 +19,8 @@ from rich.console import Console
 
 from benchmarks.cases import CASES
 from benchmarks.measure import VARIANTS, Machine, Measured, measure
-from benchmarks.results import WIDTH, find_machine, print_results, write_results
+from benchmarks.results import find_machine, write_results
+from benchmarks.tables import WIDTH, print_results
 from tca_fast import ops
 
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()

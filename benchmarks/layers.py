@@ -8,6 +8,8 @@ the active features; `to_dense` makes [T, F] of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -140,18 +142,23 @@ class TorchSparse:
 
 
 class Ours:
-    """The operators of the package, with the backend that serves the device.
+    """The operators of the package, with the backend that serves the device or a named one.
 
     The layer is told the case's density, as training tells it that of the last step.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, backend: str | None = None) -> None:
         self.k = case.k
         self.density = case.active / case.features
+        self._backend = backend
+
+    def _chosen(self) -> AbstractContextManager[None]:
+        return ops.backend(self._backend) if self._backend else nullcontext()
 
     def encode(self, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> ops.ActiveFeatures:
         """`ops.encode`."""
-        return ops.encode(x, W_enc, b_enc, k=self.k)
+        with self._chosen():
+            return ops.encode(x, W_enc, b_enc, k=self.k)
 
     def to_dense(self, features: ops.ActiveFeatures) -> Tensor:
         """Unpacked."""
@@ -159,24 +166,31 @@ class Ours:
 
     def decode(self, features: ops.ActiveFeatures, W_dec: Tensor, b_dec: Tensor) -> Tensor:
         """`ops.decode`."""
-        return ops.decode(features, W_dec, b_dec)
+        with self._chosen():
+            return ops.decode(features, W_dec, b_dec)
 
     def layer(
         self, x: Tensor, mlp_out: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor
     ) -> LayerOutput:
         """`ops.adapter`."""
-        output = ops.adapter(
-            x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=self.k, expected_density=self.density
-        )
+        with self._chosen():
+            output = ops.adapter(
+                x, mlp_out, W_enc, b_enc, W_dec, b_dec, k=self.k, expected_density=self.density
+            )
         return LayerOutput(output.y, output.l1, output.l0.float().mean(), output.fired)
 
 
 OURS = "tca_fast"
 DENSE = "dense eager"
+COMPILED = "dense compiled"
 TORCH_SPARSE = "torch sparse"
 IMPLEMENTATIONS: dict[str, Callable[[Case], Implementation]] = {
     OURS: Ours,
     DENSE: DenseEager,
-    "dense compiled": DenseCompiled,
+    COMPILED: DenseCompiled,
     TORCH_SPARSE: TorchSparse,
+}
+BY_BACKEND = {
+    f"{OURS}, {name}": partial(Ours, backend=name)
+    for name in ("reference", "cpp", "triton", "cuda")
 }

@@ -12,20 +12,20 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import Machine
 from benchmarks.memory import peak_bytes
-from benchmarks.results import WIDTH, find_machine, write_results
+from benchmarks.results import find_machine, write_results
 from benchmarks.timing import Variant, interleaved, spread
 from tca_fast import losses
 from tca_fast.bridging.head import Readout, distances
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Relative, in norm: float32's sums over V, bfloat16's rounding of the logits.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -46,6 +46,7 @@ LOSS_CASES = {
     "cpu": [LossCase("Qwen2 vocabulary, narrow", 2048, 256, 152_064)],
     "cuda": [LossCase(f"7B, {T} tokens", T, 3584, 152_064) for T in (2048, 8192, 10_000)],
     "tiny": [LossCase("tiny", 64, 8, 100)],
+    "rehearsal": [LossCase("rehearsal", 64, 8, 100)],
 }
 
 
@@ -144,6 +145,9 @@ def _ignoring(call: Any) -> Any:
 
 def print_rows(console: Console, rows: list[dict[str, Any]]) -> None:
     """One table for a case."""
+    from rich import box
+    from rich.table import Table
+
     first = rows[0]
     title = f"{first['operation']}, {first['case']}: T {first['tokens']}, D {first['width']}, "
     title += f"V {first['vocab_size']}, {first['dtype']}"
@@ -171,6 +175,10 @@ def main() -> None:
     parser.add_argument("--cases", choices=LOSS_CASES, help="default: the set of the device")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    from rich.console import Console
+
+    from benchmarks.tables import WIDTH
+
     if options.out and options.out.exists():
         parser.error(f"--out: {options.out} exists; give another name or remove it")
     machine = find_machine(torch.device(options.device), None)

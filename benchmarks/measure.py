@@ -11,7 +11,7 @@ import torch
 from benchmarks import work
 from benchmarks.cases import Case, layer_inputs
 from benchmarks.correctness import allowed_errors, exact_results, relative_errors, with_gradients
-from benchmarks.layers import DENSE, IMPLEMENTATIONS, OURS, DenseEager
+from benchmarks.layers import BY_BACKEND, DENSE, IMPLEMENTATIONS, OURS, DenseEager
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.operations import ARGUMENTS, FORWARD, LAYER, Operation, Tensors, run_layer
 from benchmarks.timing import Variant, interleaved, spread
@@ -66,7 +66,8 @@ def measure(
     Args:
         operation: what is computed.
         case: shapes and sparsity.
-        names: of `VARIANTS`; the encoder product always runs, since it is the floor's unit.
+        names: of `VARIANTS` or `BY_BACKEND`; the encoder product always runs, since it is the
+            floor's unit.
         machine: where.
         rounds: timed rounds after two of warm-up.
 
@@ -77,7 +78,8 @@ def measure(
     itemsize = tensors["x"].itemsize
     absent = {name: operation.absence(name, case, itemsize) for name in names}
     present = [name for name in names if name != PRODUCT and absent[name] is None]
-    implementations = {name: IMPLEMENTATIONS[name](case) for name in present}
+    known = {**IMPLEMENTATIONS, **BY_BACKEND}
+    implementations = {name: known[name](case) for name in present}
     variants = {name: operation.variant(i, tensors) for name, i in implementations.items()}
     variants[PRODUCT] = _encoder_product(tensors)
 
@@ -115,6 +117,8 @@ def measure(
             bytes=needed.bytes,
             gb_per_s=needed.bytes / median * 1e-6,
             bandwidth_gb_per_s=machine.bandwidth * 1e-9,
+            of_bandwidth=needed.bytes / median * 1e3 / machine.bandwidth,
+            of_product_rate=needed.flops / median * times[PRODUCT] / product.flops,
             of_floor=floor_ms(needed, times[PRODUCT], product, machine.bandwidth) / median,
             peak_bytes=peaks[name],
             saved_bytes=saved.get(name),
@@ -164,7 +168,11 @@ def _checked(
 
 def _identity(operation: Operation, case: Case, name: str, machine: Machine) -> dict[str, Any]:
     shape = asdict(case)
-    backend = machine.backend_of(operation.operator) if name == OURS else "torch"
+    backend = "torch"
+    if name == OURS:
+        backend = machine.backend_of(operation.operator)
+    elif name in BY_BACKEND:
+        backend = name.removeprefix(f"{OURS}, ")
     return {
         "operation": operation.name,
         "case": shape.pop("name"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks import work
 from benchmarks.cases import Case
 from benchmarks.layers import TORCH_SPARSE, Implementation, LayerOutput
-from benchmarks.timing import Variant
+from benchmarks.timing import Variant, captured
 from benchmarks.work import Work
 
 Tensors = dict[str, Tensor]
@@ -102,6 +102,15 @@ def _layer(implementation: Implementation, tensors: Tensors) -> Variant:
     return Variant(lambda: None, run)
 
 
+def _generation(implementation: Implementation, tensors: Tensors) -> Variant:
+    @torch.no_grad()
+    def run() -> LayerOutput:
+        return run_layer(implementation, tensors)
+
+    replay = captured(run, tensors["x"].device)
+    return Variant(lambda: None, lambda _: replay())
+
+
 def _outputs(output: LayerOutput) -> Tensors:
     return {name: tensor.detach() for name, tensor in output._asdict().items()}
 
@@ -120,6 +129,10 @@ ENCODE = Operation(
 DECODE = Operation("decode", "decode", work.decode, _decode, lambda _, y: {"y": y})
 FORWARD = Operation(
     "adapter forward", "adapter", work.forward, _forward, lambda _, output: _outputs(output)
+)
+# The forward of a few tokens, without a graph of autograd; on CUDA replayed from a CUDA graph.
+GENERATION = Operation(
+    "generation", "adapter", work.forward, _generation, lambda _, output: _outputs(output)
 )
 BACKWARD = Operation(
     "adapter backward",

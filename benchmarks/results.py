@@ -1,39 +1,34 @@
-"""Rows of a run: what they say about the machine, how they are stored and printed."""
+"""Rows of a run: what they say about the machine, and how they are stored."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 import tca_fast
 from benchmarks.measure import Machine
 from benchmarks.timing import copy_bandwidth
-from tca_fast.cli.bench import FORMAT, read_results
-from tca_fast.cli.env import describe_machine
 from tca_fast.durable import Replacement
+from tca_fast.machine import describe_machine
+from tca_fast.results import FORMAT, read_results
 
 # What is trained with there: float32 on a CPU, bfloat16 on a GPU.
 _DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
-# Of the printed tables.
-WIDTH = 170
 
 
 def find_machine(device: torch.device, backend: str | None) -> Machine:
     """Look at a device and measure its copy bandwidth."""
     dtype = _DTYPES[device.type]
     facts = {
-        "device": _describe(device),
-        "commit": _commit(),
+        "device": describe_device(device),
+        "commit": describe_commit(),
         "versions": _versions(device),
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -58,50 +53,8 @@ def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         files.commit()
 
 
-def print_results(console: Console, rows: Iterable[dict[str, Any]]) -> None:
-    """One table for each operation and case; columns as in README.md."""
-    for (operation, case), group in groupby(rows, key=lambda r: (r["operation"], r["case"])):
-        console.print(_table(f"{operation}, {case}", list(group)))
-
-
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    first = rows[0]
-    shape = f"T {first['tokens']}, D {first['width']}, F {first['features']}, {first['dtype']}"
-    table = Table(box=box.SIMPLE, title=f"{title} ({shape})", title_justify="left")
-    table.add_column("variant")
-    table.add_column("backend")
-    for heading in ("ms", "20-80 %", "/ product", "speed-up", "of floor"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("MB moved", "GB/s", "peak MiB", "saved MiB", "error"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    absent = [f"{row['variant']}: absent, {row['absent']}" for row in rows if "absent" in row]
-    if absent:
-        table.caption, table.caption_justify = "; ".join(absent), "left"
-    for row in rows:
-        if "absent" in row:
-            continue
-        table.add_row(
-            row["variant"],
-            row["backend"],
-            f"{row['median_ms']:.4g}",
-            f"{row['low_ms']:.4g}-{row['high_ms']:.4g}",
-            f"{row['over_product']:.2f}",
-            _optional(row["speedup"], "{:.2f}"),
-            f"{row['of_floor']:.0%}",
-            f"{row['bytes'] * 1e-6:.1f}",
-            f"{row['gb_per_s']:.1f} of {row['bandwidth_gb_per_s']:.1f}",
-            f"{row['peak_bytes'] / 2**20:.2f}",
-            _optional(row["saved_bytes"], "{:.2f}", 2**-20),
-            _optional(row["error"], "{:.0e}"),
-        )
-    return table
-
-
-def _optional(value: float | None, form: str, scale: float = 1.0) -> str:
-    return "" if value is None else form.format(value * scale)
-
-
-def _describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
+    """Name of a GPU; processor, cores and threads of a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     machine = describe_machine()
@@ -119,7 +72,10 @@ def _versions(device: torch.device) -> dict[str, str]:
     return versions
 
 
-def _commit() -> str:
+def describe_commit() -> str:
+    """The commit, or what TCA_FAST_COMMIT says where the tree came without its history."""
+    if given := os.environ.get("TCA_FAST_COMMIT"):
+        return given
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,

@@ -17,23 +17,24 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.measure import Machine
 from benchmarks.memory import peak_bytes
-from benchmarks.results import WIDTH, find_machine, write_results
+from benchmarks.phases import measure_phases
+from benchmarks.results import find_machine, write_results
+from benchmarks.settings import Objective
 from benchmarks.step_cases import STEP_CASES, StepCase, make_batch, make_sparse, make_streams
 from benchmarks.step_variants import VARIANTS, LayerPasses, Variant, adapters_of
 from benchmarks.timing import spread, stopwatch
 from tca_fast.bridging.objective import StepOutput
 from tca_fast.bridging.streams import Streams
-from tca_fast.config import ObjectiveConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 BASELINE = "published"
 # Relative, of loss and gradients in norm: what accumulates over two models' layers.
@@ -55,13 +56,21 @@ _PASSES = [f"{s} {d}" for d in ("forward", "backward") for s in ("adapter", "ref
 class StepBench:
     """The variants of one case, on the same weights and batch."""
 
-    def __init__(self, case: StepCase, names: Sequence[str], machine: Machine) -> None:
+    def __init__(
+        self,
+        case: StepCase,
+        names: Sequence[str],
+        machine: Machine,
+        streams: Streams | None = None,
+    ) -> None:
         self.case, self.names, self.machine = case, names, machine
-        self.streams: Streams = make_streams(case, machine.device, machine.dtype)
+        if streams is None:
+            streams = make_streams(case, machine.device, machine.dtype)
+        self.streams = streams
         self.batch = make_batch(case, self.streams, machine.device)
         make_sparse(case, self.streams, self.batch)
         self.parameters = list(self.streams.adapted.parameters())
-        objective = ObjectiveConfig()
+        objective: Any = Objective()
         self.objectives = {name: VARIANTS[name].step(self.streams, objective) for name in names}
 
     def forward(self, name: str, cutoff: int) -> StepOutput:
@@ -113,25 +122,10 @@ class StepBench:
     ) -> dict[str, Any]:
         case, ours = self.case, milliseconds[name]
         middle, low, high = spread(ours)
-        variant: Variant = VARIANTS[name]
         cutoff = self.streams.num_layers // 2
         baseline = milliseconds.get(BASELINE)
         return {
-            "operation": "step",
-            "case": case.name,
-            "variant": name,
-            "tokens": case.tokens,
-            "width": self.streams.reference.config.hidden_size,
-            "features": case.features,
-            "layers": self.streams.num_layers,
-            "sequences": case.sequences,
-            "shape": {name: getattr(self.streams.reference.config, name) for name in _SHAPE},
-            "l0": case.l0,
-            "rates": "power",
-            "k": None,
-            **self.machine.facts,
-            "backend": "dense" if variant.is_dense else self.machine.backend_of("adapter"),
-            "measured_l0": l0,
+            **self._identity("step", name, l0),
             "steps": len(ours),
             "median_ms": middle,
             "low_ms": low,
@@ -147,6 +141,39 @@ class StepBench:
             "forward_peak_bytes": peak_bytes(self.machine.device, self.forward, name, cutoff),
             "peak_bytes": peak_bytes(self.machine.device, self.step, name, cutoff),
             "host_waits": host_waits(self.machine.device, lambda: self.step(name, cutoff)),
+        }
+
+    def phase_rows(self) -> list[dict[str, Any]]:
+        """Peak memory of every phase at the cutoff in the middle; variants with known phases."""
+        l0, cutoff = self.check(), self.streams.num_layers // 2
+        rows = []
+        for name in self.names:
+            with adapters_of(VARIANTS[name], self.streams):
+                objective, batch = self.objectives[name], self.batch
+                peaks = measure_phases(objective, batch, cutoff, self.machine.device)
+            row = self._identity("memory of a step", name, l0)
+            state = sum(3 * p.numel() * p.element_size() for p in self.parameters)
+            rows.append({**row, "phase_peak_bytes": peaks, "gradient_and_optimizer_bytes": state})
+        return rows
+
+    def _identity(self, operation: str, name: str, l0: float) -> dict[str, Any]:
+        variant: Variant = VARIANTS[name]
+        return {
+            "operation": operation,
+            "case": self.case.name,
+            "variant": name,
+            "tokens": self.case.tokens,
+            "width": self.streams.reference.config.hidden_size,
+            "features": self.case.features,
+            "layers": self.streams.num_layers,
+            "sequences": self.case.sequences,
+            "shape": {name: getattr(self.streams.reference.config, name) for name in _SHAPE},
+            "l0": self.case.l0,
+            "rates": "power",
+            "k": None,
+            **self.machine.facts,
+            "backend": "dense" if variant.is_dense else self.machine.backend_of("adapter"),
+            "measured_l0": l0,
         }
 
 
@@ -173,6 +200,9 @@ def uniform_cutoffs(num_layers: int, number: int | None) -> list[int]:
 
 def print_rows(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     """One table for a case."""
+    from rich import box
+    from rich.table import Table
+
     first = rows[0]
     title = f"{first['case']}: T {first['tokens']}, D {first['width']}, F {first['features']}"
     title += f", {first['layers']} layers, L0 {first['measured_l0']:.1f}, {first['steps']} cutoffs"
@@ -208,6 +238,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[*VARIANTS])
     parser.add_argument("--cutoffs", type=int, help="how many; default: all L+1")
     options = parser.parse_args()
+    from rich.console import Console
+
+    from benchmarks.tables import WIDTH
+
     if options.out and options.out.exists():
         parser.error(f"--out: {options.out} exists; give another name or remove it")
     machine = find_machine(torch.device(options.device), None)

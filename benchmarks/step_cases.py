@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import tca_fast
 from benchmarks.cases import Case, firing_rates
+from benchmarks.settings import Adapter
 from tca_fast.bridging.streams import Streams, build_streams, load_streams
-from tca_fast.config import AdapterConfig, PairConfig
 
 _ASSETS = Path(tca_fast.__file__).parent / "miniature" / "assets"
 # Widths of Qwen2.5-1.5B and 7B: D, MLP, heads, key-value heads.
@@ -68,8 +69,10 @@ STEP_CASES = {
 
 def make_streams(case: StepCase, device: torch.device, dtype: torch.dtype) -> Streams:
     """Base, target and fresh adapters of a case."""
-    config = AdapterConfig(num_features=case.features)
+    config: Any = Adapter(case.features)
     if case.widths is None:
+        from tca_fast.config import PairConfig
+
         name = str(dtype).removeprefix("torch.")
         pair = PairConfig.model_validate(
             {"base": str(_ASSETS / "base"), "target": str(_ASSETS / "target"), "dtype": name}
@@ -113,7 +116,7 @@ def make_sparse(case: StepCase, streams: Streams, batch: dict[str, Tensor]) -> N
     in the hybrid; the decoders are small enough to leave them nearly as they are.
     """
     inputs = _mlp_inputs(streams, batch)
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(inputs[0].device).manual_seed(2)
     width = inputs[0].shape[-1]
     rates = firing_rates(Case(case.name, case.tokens, width, case.features, case.l0))
     # Whole numbers of tokens that add up to T·L0: the running sum, rounded.
@@ -126,8 +129,7 @@ def make_sparse(case: StepCase, streams: Streams, batch: dict[str, Tensor]) -> N
         place = tokens_F.to(z_FT.device).unsqueeze(1)
         # Half-way between the last token that is to fire and the first that is not.
         adapter.b_enc.copy_(-(below.gather(1, place) + above.gather(1, place)).squeeze(1) / 2)
-        decoder = torch.randn(adapter.W_dec.shape, generator=generator) * 0.02 * width**-0.5
-        adapter.W_dec.copy_(decoder)
+        adapter.W_dec.normal_(std=0.02 * width**-0.5, generator=generator)
 
 
 def _mlp_inputs(streams: Streams, batch: dict[str, Tensor]) -> list[Tensor]:

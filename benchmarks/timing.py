@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-# More than the last-level cache of any machine this runs on.
-_EVICTED_BYTES = 2**28
-_COPIED_BYTES = 2**28
+# More than the last-level cache of any machine this runs on; a rehearsal, which measures nothing,
+# makes both small.
+EVICTED_BYTES = 2**28
+COPIED_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def interleaved(
     """
     names = list(variants)
     milliseconds: dict[str, list[float]] = {name: [] for name in names}
-    evicted = torch.empty(_EVICTED_BYTES, dtype=torch.uint8, device=device)
+    evicted = torch.empty(EVICTED_BYTES, dtype=torch.uint8, device=device)
     for number in range(-warmup, rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
@@ -73,12 +74,44 @@ def stopwatch(device: torch.device, call: Callable[..., object], *arguments: Any
     return elapsed
 
 
+def repeated(
+    call: Callable[[], object], device: torch.device, rounds: int = 20, warmup: int = 2
+) -> dict[str, float]:
+    """Milliseconds of one call alone, with cold caches: median, 20th and 80th percentile."""
+    times = interleaved({"": Variant(lambda: None, lambda _: call())}, device, rounds, warmup)[""]
+    return dict(zip(("ms", "low_ms", "high_ms"), spread(times), strict=True))
+
+
+def captured(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """A call as a CUDA graph, which leaves the host out of its time; on a CPU the call itself.
+
+    Every replay returns the same tensors, filled anew.
+    """
+    if device.type != "cuda":
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return kept
+
+    return replay
+
+
 def copy_bandwidth(device: torch.device, rounds: int = 7) -> float:
     """Bytes read plus bytes written per second of a large copy; the best of some rounds."""
-    source = torch.ones(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     milliseconds = [stopwatch(device, target.copy_, source) for _ in range(rounds)]
-    return 2 * _COPIED_BYTES / (min(milliseconds) * 1e-3)
+    return 2 * COPIED_BYTES / (min(milliseconds) * 1e-3)
 
 
 def spread(milliseconds: list[float]) -> tuple[float, float, float]:

@@ -232,7 +232,10 @@ def _capacity(
     if x_TD.device.type == "cpu":
         density, most = _DEFAULT_DENSITY["cpu"], _CPU_DENSE_SHARE
     else:
-        density, most = _DEFAULT_DENSITY["cuda"], dense_share(x_TD.device, width, num_features)
+        density, most = (
+            _DEFAULT_DENSITY["cuda"],
+            dense_share(x_TD.device, num_tokens, width, num_features),
+        )
     if expected_density is not None:
         density = expected_density
     if density > most:

@@ -114,11 +114,11 @@ def cuda_backends() -> tuple[str, ...]:
     return ("reference", *filter(_is_installed, others))
 
 
-def dense_share(device: torch.device, width: int, features: int) -> float:
+def dense_share(device: torch.device, tokens: int, width: int, features: int) -> float:
     """`selection.dense_share` among the backends that may be chosen here."""
     forced = [name for name, space in _NAMESPACES.items() if space == _namespace != _DISPATCHED]
     among = tuple(forced) or cuda_backends()
-    return selection.dense_share(device, width, features, among)
+    return selection.dense_share(device, tokens, width, features, among)
 
 
 @contextmanager
@@ -391,8 +391,8 @@ def _triton(name: str) -> Callable[..., Any]:
         dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
         options = {}
         if _forward(name) == "adapter":
-            call = _call(name, arguments)
-            options["dense_share"] = dense_share(dense[0].device, call.width, call.features)
+            _, *shape, _ = _call(name, arguments)
+            options["dense_share"] = dense_share(dense[0].device, *shape)
         # Triton launches on the current device, which need not be the one of the tensors.
         with torch.cuda.device_of(dense[0]):
             return getattr(operators, name)(*dense, **options)

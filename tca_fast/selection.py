@@ -100,7 +100,9 @@ class Table:
         assert fastest is not None
         return fastest[0]
 
-    def dense_share(self, width: int, features: int, backends: Sequence[str]) -> float | None:
+    def dense_share(
+        self, tokens: int, width: int, features: int, backends: Sequence[str]
+    ) -> float | None:
         """Density of the layer above which dense products win, at the nearest measured shape.
 
         Half-way, on a logarithmic scale, between the highest measured density below which the
@@ -116,9 +118,9 @@ class Table:
             return None
 
         def shape(call: Call) -> Call:
-            return call._replace(tokens=1, density=1.0)
+            return call._replace(density=1.0)
 
-        wanted = Call("adapter", 1, width, features, 1.0)
+        wanted = Call("adapter", tokens, width, features, 1.0)
         nearest = shape(min(points, key=lambda p: _distance(shape(p.call), wanted)).call)
         below = 0.0
         for point in sorted(points, key=lambda point: point.call.density):
@@ -255,17 +257,21 @@ def in_force(of: str | None) -> str:
     if table is None:
         what = "no CUDA device" if of is None else f"nothing measured on {of}"
         return f"{what}; dense products above {ASSUMED_DENSE_SHARE:.2%} of pairs is assumed"
-    shapes = sorted({point.call[2:4] for point in table.points if point.call.operator == "adapter"})
+    shapes = sorted({point.call[1:4] for point in table.points if point.call.operator == "adapter"})
     shares = [
-        f"{share:.2%} at D {width}, F {features}"
-        for width, features in shapes
-        if (share := table.dense_share(width, features, _known(table))) is not None
+        f"{share:.2%} at T {tokens}, D {width}, F {features}"
+        for tokens, width, features in shapes
+        if (share := table.dense_share(tokens, width, features, _known(table))) is not None
     ]
     return f"{table.results}, read off {table.device}; dense above {', '.join(shares)}"
 
 
 def dense_share(
-    device: torch.device, width: int, features: int, backends: tuple[str, ...] | None = None
+    device: torch.device,
+    tokens: int,
+    width: int,
+    features: int,
+    backends: tuple[str, ...] | None = None,
 ) -> float:
     """Density of a layer above which dense products are faster than gathered rows.
 
@@ -274,20 +280,22 @@ def dense_share(
 
     Args:
         device: any; only CUDA devices were measured.
-        width, features: D and F.
+        tokens, width, features: T, D and F.
         backends: those to compare; None is all.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return ASSUMED_DENSE_SHARE
-    return _dense_share(_family_of(device), width, features, backends)
+    return _dense_share(_family_of(device), tokens, width, features, backends)
 
 
-@lru_cache
-def _dense_share(family: str, width: int, features: int, backends: tuple[str, ...] | None) -> float:
+@lru_cache(maxsize=4096)
+def _dense_share(
+    family: str, tokens: int, width: int, features: int, backends: tuple[str, ...] | None
+) -> float:
     table = family_table(family)
     if table is None:
         return ASSUMED_DENSE_SHARE
-    share = table.dense_share(width, features, backends or _known(table))
+    share = table.dense_share(tokens, width, features, backends or _known(table))
     return ASSUMED_DENSE_SHARE if share is None else share
 
 

@@ -21,7 +21,7 @@ from benchmarks.memory import peak_bytes, saved_bytes  # noqa: E402
 from benchmarks.operations import DECODE, ENCODE, FORWARD, LAYER  # noqa: E402
 from benchmarks.results import write_results  # noqa: E402
 from benchmarks.timing import Variant, interleaved, spread  # noqa: E402
-from tca_fast.cli.bench import read_results  # noqa: E402
+from tca_fast.results import read_results  # noqa: E402
 
 CPU = torch.device("cpu")
 BY_HAND = Case("by hand", tokens=4, width=3, features=5, l0=2)

@@ -1,6 +1,8 @@
 """The step benchmark runs, counts layer passes, and times nothing that is wrong."""
 
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,15 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # the suites are outside the package
 
-from benchmarks import losses, step
+from benchmarks import losses, phases, settings, step
 from benchmarks.measure import Machine
+from benchmarks.memory import peak_bytes
 from benchmarks.results import write_results
 from benchmarks.step_cases import STEP_CASES
 from benchmarks.step_variants import VARIANTS, Variant
 from tca_fast.bridging.plain import PlainObjective
-from tca_fast.cli.bench import read_results
+from tca_fast.config import AdapterConfig, ObjectiveConfig
+from tca_fast.results import read_results
 
 FACTS = {"device": "a", "commit": "b", "versions": {}, "dtype": "float32"}
 MACHINE = Machine(torch.device("cpu"), torch.float32, 1e9, FACTS)
@@ -49,6 +53,58 @@ def test_rows_are_results(rows, tmp_path):
     assert rows["published"]["backend"] == "dense" != rows["shared"]["backend"]
     write_results(tmp_path / "a.json", list(rows.values()))
     assert read_results(tmp_path / "a.json") == list(rows.values())
+
+
+def test_phases_by_hand():
+    """Sizes are those asked for: 1, 2 and 4 MiB, the second freed before the third."""
+    meter = phases.PhaseMeter(torch.device("cpu"))
+    MiB = 2**20
+
+    def take(number):
+        return torch.empty(number * MiB, dtype=torch.uint8)
+
+    with meter.measuring():
+        with meter.phase("first"):
+            kept = take(1)
+        with meter.phase("second"):
+            freed = take(2)
+            del freed
+        with meter.phase("nothing"):
+            time.sleep(0.001)
+        between = take(4)
+        del between
+        with meter.phase("last"):
+            take(1)
+    del kept
+    expected = {"first": 1, "second": 3, "nothing": 1, phases.REST: 5, "last": 2}
+    assert meter.peaks == {name: number * MiB for name, number in expected.items()}
+
+
+@pytest.mark.parametrize("name", ["plain", "shared"])
+def test_phases_of_a_step(name):
+    """Their highest peak is that of the whole step, measured without them."""
+    bench = step.StepBench(STEP_CASES["tiny"][0], [name], MACHINE)
+    (row,) = bench.phase_rows()
+    found = row["phase_peak_bytes"]
+    ends = {phases.REFERENCE, phases.ADAPTER, phases.HEAD, phases.BACKWARD, phases.OPTIMIZER}
+    bridges = {"bridge"} if name == "plain" else {"bridge a2r(1)", "bridge r2a(1)"}
+    assert set(found) == ends | bridges | {phases.REST}
+    assert all(peak > 0 for peak in found.values())
+
+    optimizer = torch.optim.AdamW(bench.parameters, lr=0.0)
+
+    def whole():
+        bench.objectives[name](**bench.batch, cutoffs=[1]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    whole()
+    assert max(found.values()) == pytest.approx(peak_bytes(MACHINE.device, whole), rel=0.02)
+
+
+def test_settings_are_those_of_the_configuration():
+    assert asdict(settings.Adapter()) == AdapterConfig().model_dump()
+    assert asdict(settings.Objective()) == ObjectiveConfig().model_dump()
 
 
 class HalvedObjective(PlainObjective):

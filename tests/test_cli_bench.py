@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tca_fast import cli
-from tca_fast.cli.bench import FORMAT, changes, read_results
+from tca_fast.cli.bench import changes
+from tca_fast.results import FORMAT, read_results
 
 
 def row(variant="tca_fast", median=10.0, spread=1.0, **overrides):

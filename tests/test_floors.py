@@ -17,6 +17,8 @@ FLOORS = {
     "reference": 0,
     "durable": 0,
     "pages": 0,
+    "machine": 0,
+    "results": 0,
     "kernels": 0,
     "registry": 1,
     "selection": 1,

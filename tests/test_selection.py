@@ -106,13 +106,13 @@ def test_what_was_not_measured_is_never_chosen():
 
 
 def test_the_crossover_lies_between_the_points_around_it():
-    found = TABLE.dense_share(3584, 8192, ALL)
+    found = TABLE.dense_share(8192, 3584, 8192, ALL)
     assert 0.004 < found < 0.01 and found == pytest.approx(math.sqrt(0.004 * 0.01))
-    assert TABLE.dense_share(3584, 8192, ("cuda",)) == pytest.approx(math.sqrt(0.001 * 0.004))
-    assert TABLE.dense_share(1536, 8192, ALL) == pytest.approx(math.sqrt(0.0001 * 0.001))
-    assert TABLE.dense_share(3584, 8192, ("new",)) is None
-    assert Table("", "", "", (point(0.5, triton=both(1, 2)),)).dense_share(8, 8, ALL) == 1
-    assert Table("", "", "", (point(0.1, triton=both(2, 1)),)).dense_share(8, 8, ALL) == 0
+    assert TABLE.dense_share(8192, 3584, 8192, ("cuda",)) == pytest.approx(math.sqrt(0.001 * 0.004))
+    assert TABLE.dense_share(8192, 1536, 8192, ALL) == pytest.approx(math.sqrt(0.0001 * 0.001))
+    assert TABLE.dense_share(8192, 3584, 8192, ("new",)) is None
+    assert Table("", "", "", (point(0.5, triton=both(1, 2)),)).dense_share(8, 8, 8, ALL) == 1
+    assert Table("", "", "", (point(0.1, triton=both(2, 1)),)).dense_share(8, 8, 8, ALL) == 0
 
 
 def test_random_tables_choose_what_a_search_finds():
@@ -135,21 +135,19 @@ def test_random_tables_choose_what_a_search_finds():
 
 def test_a_measured_device_takes_its_table(measured):
     assert selection.choose(point(0.0001).call, ALL, CUDA) == "cuda"
-    assert selection.dense_share(CUDA, 3584, 8192) == pytest.approx(math.sqrt(0.004 * 0.01))
+    assert selection.dense_share(CUDA, 8192, 3584, 8192) == pytest.approx(math.sqrt(0.004 * 0.01))
     name, why = selection.reason("adapter", ALL, "sm_90")
     assert name == "cuda, triton" and "benchmarks/results/a.json" in why
     assert selection.reason("encode", ALL, "sm_90")[0] == "reference"
     shown = selection.in_force("sm_90")
-    assert (
-        "a.json, read off a device; dense above 0.03% at D 1536, F 8192, 0.63% at D 3584" in shown
-    )
+    assert "dense above 0.03% at T 8192, D 1536, F 8192, 0.63% at T 8192, D 3584, F 8192" in shown
 
 
 def test_without_measurements_plain_pytorch_serves_and_says_so(measured):
     measured.unlink()
     with pytest.warns(UserWarning, match="nothing was measured on sm_90.*triton, cuda"):
         assert selection.choose(point(0.0001).call, ALL, CUDA) == "reference"
-    assert selection.dense_share(CUDA, 3584, 8192) == ASSUMED_DENSE_SHARE
+    assert selection.dense_share(CUDA, 8192, 3584, 8192) == ASSUMED_DENSE_SHARE
     name, why = selection.reason("adapter", ALL, "sm_90")
     assert name == "reference" and f"{selection.VARIABLE}=NAME" in why
     assert selection.in_force("sm_90").startswith("nothing measured on sm_90; dense products above")
@@ -165,7 +163,7 @@ def test_a_name_in_the_environment_wins(measured, monkeypatch):
 
 
 def test_the_crossover_is_assumed_where_there_is_no_device():
-    assert selection.dense_share(torch.device("meta"), 64, 64) == ASSUMED_DENSE_SHARE
+    assert selection.dense_share(torch.device("meta"), 8, 64, 64) == ASSUMED_DENSE_SHARE
 
 
 @pytest.mark.parametrize("expected_density", [0.004, 1.0])

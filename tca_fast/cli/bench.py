@@ -5,8 +5,7 @@ Reads the JSON that the benchmark suites write; the suites themselves are no par
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,19 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tca_fast.errors import UserError
+from tca_fast.results import IDENTITY, TIMES, Row, is_timed, read_results
 
-# What a results file says it is.
-FORMAT = "tca_fast benchmark results 1"
-# What makes two rows the same measurement. The shape is part of it, so that a case that was
-# redefined under its old name is not compared.
-_SHAPE = ("tokens", "width", "features", "l0", "rates", "k")
-_IDENTITY = ("operation", "case", "variant", "dtype", *_SHAPE)
-_TIMES = ("median_ms", "low_ms", "high_ms")
-_FACTS = ("device", "commit", "versions", "backend")
 # A comparison is also read in a pipe or a CI log, where 80 columns would cut the numbers.
 _WIDTH = 200
-
-Row = Mapping[str, Any]
 
 bench = typer.Typer(
     help="Benchmark results; `make bench` in the repository measures them.", no_args_is_help=True
@@ -61,53 +51,6 @@ class Change:
         if self.new["low_ms"] > self.old["high_ms"]:
             return "slower"
         return ""
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Rows of a results file.
-
-    Raises:
-        UserError: no such file, not JSON, not a results file, or a row that lacks a field.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"results: {path} cannot be read ({error.strerror}); give one that `make bench` wrote"
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"results: {path} is not JSON ({error}); give a file that `make bench` wrote"
-        ) from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise UserError(
-            f"results: {path} has format {found!r}, expected {FORMAT!r}; measure again with "
-            "`make bench`"
-        )
-    rows = content.get("rows")
-    if not isinstance(rows, list):
-        raise UserError(
-            f"results: {path}, rows is {rows!r}, expected a list; measure again with `make bench`"
-        )
-    for number, row in enumerate(rows):
-        _check_row(f"{path}, row {number}", row)
-    return rows
-
-
-def _check_row(where: str, row: object) -> None:
-    if not isinstance(row, dict):
-        raise UserError(f"results: {where} is not an object; measure again with `make bench`")
-    times = () if "absent" in row else _TIMES
-    for field in (*_IDENTITY, *_FACTS, *times):
-        if field not in row:
-            raise UserError(f"results: {where} lacks {field!r}; measure again with `make bench`")
-    for field in times:
-        if not (isinstance(row[field], int | float) and row[field] > 0):
-            raise UserError(
-                f"results: {where} has {field} {row[field]!r}, expected a positive number of "
-                "milliseconds; measure again with `make bench`"
-            )
 
 
 def changes(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[Change], list[Row], list[Row]]:
@@ -164,8 +107,8 @@ def compare(
 
 
 def _by_identity(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
-    measured = [row for row in rows if "absent" not in row]
-    return {tuple(row[field] for field in _IDENTITY): row for row in measured}
+    measured = [row for row in rows if is_timed(row)]
+    return {tuple(row[field] for field in IDENTITY): row for row in measured}
 
 
 def _names(rows: Sequence[Row]) -> list[str]:
@@ -214,5 +157,5 @@ def _table(found: Sequence[Change], old_commit: str, new_commit: str) -> Table:
 
 def _time(row: Row) -> tuple[str, str]:
     """Median and spread, to four digits."""
-    median, low, high = (f"{row[field]:.4g}" for field in _TIMES)
+    median, low, high = (f"{row[field]:.4g}" for field in TIMES)
     return median, f"{low}-{high}"

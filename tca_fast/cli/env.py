@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from tca_fast.machine import describe_machine
 
 REQUIRED = (
     "torch",
@@ -102,22 +102,6 @@ def collect() -> Environment:
     measured = selection.in_force(selection.family())
     operators, missing = _operators(), _missing(devices)
     return Environment(versions, describe_machine(), devices, measured, operators, missing)
-
-
-def describe_machine() -> dict[str, str]:
-    """Operating system, processor model, usable cores, memory and torch's threads."""
-    import torch
-
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    machine = {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": f"{usable} usable of {os.cpu_count()}",
-        "torch threads": str(torch.get_num_threads()),
-    }
-    if memory := _memory_gib():
-        machine["memory"] = f"{memory:.1f} GiB"
-    return machine
 
 
 def env(
@@ -213,22 +197,6 @@ def _missing(devices: list[str]) -> list[Missing]:
             )
         )
     return missing
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _table(title: str, *columns: str) -> Table:
