@@ -44,6 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from tca_fast.training.run import train
 
         result = train(config, deepspeed)
+        if is_main:
+            report(
+                result,
+                "deepspeed --num_accelerators N --module tca_fast.train "
+                f"{options.config} --deepspeed {deepspeed}",
+            )
+        return INTERRUPTED if result.interrupted else 0
     except UserError as error:
         if not is_main:
             # Nearly always rank 0 meets the same error, says so, and the launcher ends the others
@@ -55,13 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_main:
             Console(stderr=True).print("stopped; nothing was saved since the last checkpoint")
         return INTERRUPTED
-    if is_main:
-        report(
-            result,
-            "deepspeed --num_accelerators N --module tca_fast.train "
-            f"{options.config} --deepspeed {deepspeed}",
-        )
-    return INTERRUPTED if result.interrupted else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -294,7 +294,9 @@ def _wait_for(pid: int) -> None:
 
 
 def _log(output: Path) -> list[dict]:
-    """Whole lines of the log, without the figures that depend on the clock."""
+    """Whole lines of the log, without the figures that depend on clock and machine."""
+    from tiny_pair import OF_THE_MACHINE
+
     path = output / "log.jsonl"
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     records = []
@@ -304,7 +306,7 @@ def _log(output: Path) -> list[dict]:
         except ValueError:
             continue
         if line.endswith("\n"):
-            records.append({k: v for k, v in record.items() if not k.endswith("_per_second")})
+            records.append({k: v for k, v in record.items() if not k.startswith(OF_THE_MACHINE)})
     return records
 
 

@@ -120,7 +120,7 @@ def packed_overrides(cache: Path) -> list[str]:
     ]
 
 
-_OF_THE_MACHINE = ("tokens_per_second", "seconds_left", "time/", "memory/")
+OF_THE_MACHINE = ("tokens_per_second", "seconds_left", "time/", "memory/")
 
 
 def records(output_dir: Path, split: str = "train") -> list[dict]:
@@ -128,5 +128,5 @@ def records(output_dir: Path, split: str = "train") -> list[dict]:
     lines = (output_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
     found = [record for record in map(json.loads, lines) if record["split"] == split]
     return [
-        {k: v for k, v in record.items() if not k.startswith(_OF_THE_MACHINE)} for record in found
+        {k: v for k, v in record.items() if not k.startswith(OF_THE_MACHINE)} for record in found
     ]
