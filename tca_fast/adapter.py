@@ -104,8 +104,9 @@ class TranscoderAdapter(nn.Module):
             token_mask=token_mask,
             expected_density=self.expected_density,
         )
-        num_tokens = x.numel() // x.shape[-1]
-        self.observer.observe(output.num_active, num_tokens * self.config.num_features)
+        if torch.is_grad_enabled():  # what is observed serves the memory kept for a backward
+            num_tokens = x.numel() // x.shape[-1]
+            self.observer.observe(output.num_active, num_tokens * self.config.num_features)
         return output
 
     def _forward_by_row(

@@ -199,6 +199,13 @@ class TestGains:
             adapted.set_gain(0, 2, [0.5, 1.0, 1.0])
 
 
+def test_passes_without_a_backward_are_not_observed(adapted):
+    logits(adapted)
+    assert adapted.layers[0].observer.take() is None
+    adapted(PROMPTS)
+    assert adapted.layers[0].observer.take() is not None
+
+
 class TestFeatures:
     def test_the_table_says_what_fires_on_every_token(self, adapted):
         tokenizer = character_tokenizer()
