@@ -32,6 +32,14 @@ def test_a_missing_barrier_shows(faults, values, out):
     assert (out == -1).any()  # read before it was written
 
 
+def test_a_buffer_that_is_written_over_too_early_shows(faults, out):
+    expected = [64 * number for number in range(20)]
+    faults.call("run_rounds", out, 2)
+    assert out[:20].tolist() == expected
+    faults.call("run_rounds", out, 1)
+    assert out[:20].tolist() != expected
+
+
 def test_a_barrier_that_one_thread_never_reaches(faults, values, out):
     with pytest.raises(RuntimeError, match=r"reverse.*divergent barrier.*ended.*faults\.cpp:\d+"):
         faults.call("run_reverse", values, out, 1, 1)

@@ -38,6 +38,25 @@ __global__ void sums(const int* in, int* out, unsigned mask) {
   out[threadIdx.x] = total[threadIdx.x / 32];
 }
 
+// out = the sums over the warps of each round's number, through one buffer or through two.
+__global__ void rounds(int* out, int buffers) {
+  SHARED_ARRAY(int, sums, 2 * 2);
+  for (int round = 0; round < 20; ++round) {
+    int* buffer = sums + round % buffers * 2;
+    int value = round;
+    for (int step = 16; step > 0; step /= 2) {
+      value += __shfl_xor_sync(kAllLanes, value, step);
+    }
+    if (threadIdx.x % 32 == 0) {
+      buffer[threadIdx.x / 32] = value;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      out[round] = buffer[0] + buffer[1];
+    }
+  }
+}
+
 __global__ void divergent(int* out) {
   if (threadIdx.x < 32) {
     __syncthreads();
@@ -70,6 +89,9 @@ ENTRY const char* run_sums(const int* in, int* out, int64_t mask) {
 }
 ENTRY const char* run_sums_without_room(const int* in, int* out) {
   return reported([=] { launch(sums, 1, 64, 0, nullptr, in, out, kAllLanes); });
+}
+ENTRY const char* run_rounds(int* out, int64_t buffers) {
+  return reported([=] { launch(rounds, 1, 64, 0, nullptr, out, buffers); });
 }
 ENTRY const char* run_divergent(int* out) {
   return reported([=] { launch(divergent, 1, 64, 0, nullptr, out); });

@@ -1,8 +1,9 @@
 // The threads of a block as fibers of one thread, scheduled in random order.
 //
 // A fiber runs until it waits at a barrier or ends; who runs next is drawn at random, and so is the
-// order of the blocks. A kernel that lacks a barrier therefore reads what was not written yet:
-// shared memory starts as NaN in every block. A barrier that not all of its threads reach is an
+// order of the blocks. Most of the time one warp has the lead, so that it runs as far ahead of the
+// others as the barriers let it. A kernel that lacks a barrier therefore reads what was not written
+// yet, or what was written over: shared memory starts as NaN in every block. A barrier that not all of its threads reach is an
 // error that names the lines where they wait, and so is a fault of memory or of arithmetic.
 #pragma once
 
@@ -155,11 +156,34 @@ class Device {
   size_t dynamic_bytes_ = 0, static_bytes_ = 0;
   std::string failure_;
   jmp_buf scheduler_;
-  std::minstd_rand random_{static_cast<unsigned>(
+  std::mt19937 random_{static_cast<unsigned>(
       std::getenv("CUDA_EMULATION_SEED") ? std::atoi(std::getenv("CUDA_EMULATION_SEED")) : 1)};
   std::array<struct sigaction, 4> handlers_{};
   stack_t signal_stack_{};
   static constexpr std::array<int, 4> kSignals{SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+
+  // The fibers that can run, by warp.
+  struct Ready {
+    std::array<std::vector<Fiber*>, kMostThreads / kWarp> warps;
+    size_t count = 0;
+
+    void add(Fiber* fiber) {
+      warps[fiber->number / kWarp].push_back(fiber);
+      ++count;
+    }
+    // One of the first warp from `warp` on that has some.
+    Fiber* take(size_t warp, size_t choice) {
+      while (warps[warp % warps.size()].empty()) {
+        ++warp;
+      }
+      std::vector<Fiber*>& fibers = warps[warp % warps.size()];
+      std::swap(fibers[choice % fibers.size()], fibers.back());
+      Fiber* fiber = fibers.back();
+      fibers.pop_back();
+      --count;
+      return fiber;
+    }
+  };
 
   static std::string text(uint3 index) {
     return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
@@ -193,17 +217,17 @@ class Device {
       static_bytes_ += memory.second;
     }
     const unsigned count = static_cast<unsigned>(block.count());
-    std::vector<Fiber*> ready(fibers_.begin(), fibers_.begin() + count);
+    Ready ready;
     for (unsigned i = 0; i < count; ++i) {
       Fiber& fiber = *fibers_[i];
       fiber.state = State::ready, fiber.number = i, fiber.place = {"the start", "", 0};
       fiber.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+      ready.add(&fiber);
     }
-    unsigned ended = 0;
-    while (!ready.empty()) {
-      std::swap(ready[random_() % ready.size()], ready.back());
-      Fiber& fiber = *ready.back();
-      ready.pop_back();
+    const unsigned num_warps = (count + kWarp - 1) / kWarp;
+    unsigned ended = 0, leader = random_() % num_warps;
+    while (ready.count > 0) {
+      Fiber& fiber = *ready.take(random_() % 16 ? leader : random_() % num_warps, random_());
       resume(fiber);
       if (!failure_.empty()) {
         return;
@@ -212,7 +236,10 @@ class Device {
       const std::vector<Fiber*> met = fiber.state == State::at_block_barrier  ? met_in_block(count)
                                       : fiber.state == State::at_warp_barrier ? met_in_warp(fiber)
                                                                               : std::vector<Fiber*>();
-      ready.insert(ready.end(), met.begin(), met.end());
+      leader = met.size() == count ? random_() % num_warps : leader;
+      for (Fiber* each : met) {
+        ready.add(each);
+      }
     }
     if (ended < count) {
       describe_deadlock(count);
