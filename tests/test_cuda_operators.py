@@ -5,16 +5,18 @@ Segments are split at 20 pairs, so that small cases have several. `make test-lon
 
 import sysconfig
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from emulated import built, has_compiler
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from operator_cases import cases, raw
-from test_ops_random import adapter_of, check_adapter
+from operator_cases import Floors, cases, dense_features, gradients, raw, weights
+from test_ops_random import adapter_of, check, check_adapter
+from tiny import dense_adapter
 
-from tca_fast import reference, registry
+from tca_fast import ops, reference, registry
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
@@ -89,3 +91,86 @@ def test_topk_of_a_wide_layer_with_ties(dtype):
     expected = reference.encode(*arguments)
     for ours, theirs in zip(raw("encode")(*arguments), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@few(12)
+@given(case=CASES)
+def test_encode_and_decode_equal_dense_autograd(case):
+    arguments = {name: case.tensors[name] for name in ("x", "W_enc", "b_enc")}
+
+    def ours(x, W_enc, b_enc):
+        active = ops.encode(x, W_enc, b_enc, k=case.k).trim()
+        dense = x.new_zeros(case.T, case.F)
+        return {"value": dense.index_put((active.tokens(), active.feature), active.value)}
+
+    def dense(x, W_enc, b_enc):
+        return {"value": dense_features(x, W_enc, b_enc, case.k)}
+
+    check(case, ours, dense, Floors(case).encode, arguments)
+    features = dense_features(*arguments.values(), case.k)
+    arguments = {name: case.tensors[name] for name in ("W_dec", "b_dec")} | {"features": features}
+
+    def decoded(W_dec, b_dec, features):
+        active = ops.ActiveFeatures.from_dense(features)
+        at = (active.tokens(), active.feature.long())
+        active = replace(active, value=features[at])
+        return {"y": ops.decode(active, W_dec, b_dec, gain=case.gains)}
+
+    def densely(W_dec, b_dec, features):
+        gained = features if case.gains is None else features * case.gains.to(features.dtype)
+        y = torch.where(features != 0, gained, 0.0) @ W_dec
+        return {"y": y if b_dec is None else y + b_dec}
+
+    check(case, decoded, densely, partial(Floors(case).decode, features=features), arguments)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_visible(value):
+    tensors = weights(dtype=torch.float32, grad=False)
+    tensors[0][2, 1] = value
+    output = ops.adapter(*tensors)
+    y, l1, _ = dense_adapter(*tensors)
+    torch.testing.assert_close(output.y, y, equal_nan=True)
+    torch.testing.assert_close(output.l1, l1, equal_nan=True)
+    assert not output.y[2].isfinite().all()
+
+
+def test_packed_features_made_by_hand_are_not_read_out_of_bounds():
+    """As with Triton: NaN tells of them, since the host does not wait to raise an error."""
+    W_dec = torch.ones(5, 3)
+
+    def decoded(row_ptr, feature):
+        feature = torch.tensor(feature, dtype=torch.int32)
+        value = torch.ones(len(feature), requires_grad=True)
+        y = ops.decode(ops.ActiveFeatures(torch.tensor(row_ptr), feature, value, 5), W_dec)
+        y.sum().backward()
+        return y
+
+    assert decoded([0, 1, 2], [0, 5]).isnan().tolist() == [[False] * 3, [True] * 3]
+    assert decoded([0, 1, 9], [0, 4]).isnan().all()
+    decoded([0, 2, -4, 2], [3, 3])
+
+
+def test_every_run_gives_the_same_bits():
+    """The emulator draws another order of threads and blocks in every run."""
+    tensors = weights(T=90, D=70, F=40, dtype=torch.float32)
+    with torch.no_grad():
+        tensors[3] -= 15
+        tensors[3][2] = 50
+    results = []
+    for _ in range(2):
+        y, l1, *_ = raw("adapter")(*tensors, None, None, None, 90 * 10)
+        results.append([y, l1, *gradients([y, l1], tensors)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_dtype_that_it_does_not_compute():
+    with pytest.raises(RuntimeError, match="x: dtype Double, expected Float, BFloat16 or Half"):
+        ops.adapter(*weights())
+
+
+def test_opcheck():
+    tensors = weights(T=3, D=2, F=4, dtype=torch.float32)
+    mask = torch.tensor([True, False, True])
+    for capacity in (12, 5):
+        torch.library.opcheck(raw("adapter").default, (*tensors, None, mask, None, capacity))
