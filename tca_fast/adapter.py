@@ -273,7 +273,7 @@ def add_branches(adapters: Iterable[TranscoderAdapter], layer: int, x: Tensor, m
     for adapter in adapters:
         output = adapter(x, mlp_out, token_mask)
         if recorder is not None:
-            recorder.add(layer, output)
+            recorder.add(layer, output, x)
         if recording is not None:
             recording.add(layer, adapter.encode(x.to(mlp_out.dtype)), x.shape[:-1])
         mlp_out = output.y

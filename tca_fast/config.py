@@ -103,6 +103,12 @@ class ObjectiveConfig(_Config):
         loss: "kl" trains on KL to the target and logs the LM loss; "lm" swaps the roles.
         step: how the passes are run: "shared" computes nothing twice, "plain" runs every model
             whole and is what the shared step is checked against.
+        l1_warmup_steps: optimizer steps over which the L1 weight rises linearly from 0, after which
+            it is `l1_weight`; 0 has no warm-up, as the paper.
+        auxk_weight: weight of the auxiliary loss that gives dead features of "topk" adapters a
+            gradient, see `bridging.auxiliary`; 0, as the paper, is none, 1/32 is usual. It costs a
+            second encoder product in every adapter.
+        auxk_k: dead features that explain the error of a token; None is half the model width.
         gradient_checkpointing: keep only the input of every decoder layer for the backward and
             run the layers again there: less memory for about a third more time.
     """
@@ -115,6 +121,9 @@ class ObjectiveConfig(_Config):
     cutoffs: Literal["uniform"] | list[int] = "uniform"
     loss: Literal["kl", "lm"] = "kl"
     step: Literal["shared", "plain"] = "shared"
+    l1_warmup_steps: int = Field(default=0, ge=0)
+    auxk_weight: float = Field(default=0.0, ge=0)
+    auxk_k: int | None = Field(default=None, ge=1)
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -253,6 +262,18 @@ class TrainConfig(_Config):
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     run: RunConfig
+
+    @model_validator(mode="after")
+    def _check_auxiliary(self) -> TrainConfig:
+        if self.objective.auxk_weight and self.adapter.activation != "topk":
+            raise ValueError(
+                f"objective.auxk_weight={self.objective.auxk_weight} revives features of adapters "
+                f"with activation 'topk', this one has {self.adapter.activation!r}; set it to 0"
+            )
+        most, k = self.adapter.num_features, self.objective.auxk_k
+        if k is not None and k > most:
+            raise ValueError(f"objective.auxk_k={k} exceeds adapter.num_features={most}; lower it")
+        return self
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -21,13 +21,20 @@ class SparsityRecorder:
     Sums run over the real tokens of the pass; divide by their number for the means.
     """
 
-    def __init__(self, token_mask: Tensor | None = None) -> None:
-        """Args: token_mask: bool, the leading dimensions of the hidden states; None is all."""
-        self.token_mask = token_mask
-        self._outputs: dict[int, AdapterOutput] = {}
+    def __init__(self, token_mask: Tensor | None = None, *, keeps_inputs: bool = False) -> None:
+        """Start with nothing.
 
-    def add(self, layer: int, output: AdapterOutput) -> None:
-        """Record the pass of one layer.
+        Args:
+            token_mask: bool, the leading dimensions of the hidden states; None is all.
+            keeps_inputs: hold on to what every adapter read, see `inputs`.
+        """
+        self.token_mask = token_mask
+        self._keeps_inputs = keeps_inputs
+        self._outputs: dict[int, AdapterOutput] = {}
+        self._inputs: dict[int, Tensor] = {}
+
+    def add(self, layer: int, output: AdapterOutput, x: Tensor | None = None) -> None:
+        """Record the pass of one layer, and its input.
 
         Raises:
             RuntimeError: that layer already ran in this recording.
@@ -35,6 +42,12 @@ class SparsityRecorder:
         if layer in self._outputs:
             raise RuntimeError(f"layer {layer} ran twice in one sparsity recording")
         self._outputs[layer] = output
+        if self._keeps_inputs and x is not None:
+            self._inputs[layer] = x.detach()
+
+    def inputs(self) -> list[Tensor]:
+        """What the adapters read, without gradient, [B, S, D] for each layer that ran."""
+        return [self._inputs[layer] for layer in self.layers]
 
     @property
     def layers(self) -> list[int]:
@@ -76,13 +89,16 @@ _open: list[SparsityRecorder] = []
 
 
 @contextmanager
-def record(token_mask: Tensor | None = None) -> Iterator[SparsityRecorder]:
+def record(
+    token_mask: Tensor | None = None, *, keeps_inputs: bool = False
+) -> Iterator[SparsityRecorder]:
     """Record the sparsity of the adapters that run inside the block.
 
     Args:
         token_mask: bool, one entry per token of the batch; False leaves padding out.
+        keeps_inputs: also hold on to what the adapters read.
     """
-    recorder = SparsityRecorder(token_mask)
+    recorder = SparsityRecorder(token_mask, keeps_inputs=keeps_inputs)
     _open.append(recorder)
     try:
         yield recorder
@@ -115,6 +131,10 @@ class FeatureAges(torch.nn.Module):
         """Age all features by `num_tokens` and reset those that fired (bool [L, F])."""
         self.tokens.add_(num_tokens).masked_fill_(fired_LF, 0)
 
+    def dead(self, after_tokens: int) -> Tensor:
+        """Features that have not fired for `after_tokens` tokens, bool [L, F]."""
+        return self.tokens >= after_tokens
+
     def num_dead(self, after_tokens: int) -> Tensor:
-        """Features of each layer, int64 [L], that have not fired for `after_tokens` tokens."""
-        return (self.tokens >= after_tokens).sum(1)
+        """How many these are in each layer, int64 [L]."""
+        return self.dead(after_tokens).sum(1)

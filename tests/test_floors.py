@@ -44,6 +44,7 @@ FLOORS = {
     "integrations": 5,
     "hub": 5,
     "training": 5,
+    "sweep": 6,
     "cli": 6,
     "train": 6,
     "__init__": 6,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tca_fast import losses
+from tca_fast.bridging.auxiliary import auxiliary_loss
 from tca_fast.bridging.inputs import Inputs, Packing
 from tca_fast.bridging.streams import Streams
 from tca_fast.errors import UserError
@@ -32,7 +33,7 @@ class StepOutput(NamedTuple):
         metrics: 0-d tensors on the device, without gradient: loss, kl, lm, reference_lm, l1, l0
             (mean over layers), nmse, bridge, and by depth l1/layer_i, l0/layer_i, nmse/state_i,
             {a2r,r2a}_{kl,lm}/cutoff_k; l0_at_least/bits_i is the share of layers and tokens with
-            at least 2^i active features.
+            at least 2^i active features; and auxk where it has a weight.
         fired: bool [L, F], features active in some real token.
 
     Loss and metrics are shares: their sum over the micro-batches and ranks of a step is the
@@ -88,6 +89,8 @@ class BridgingObjective(nn.Module, ABC):
         label_tokens: Tensor | None = None,
         real_tokens: Tensor | None = None,
         packing: Packing | None = None,
+        l1_scale: float = 1.0,
+        dead: Tensor | None = None,
     ) -> StepOutput:
         """Evaluate the objective on one micro-batch.
 
@@ -104,6 +107,8 @@ class BridgingObjective(nn.Module, ABC):
             real_tokens: 0-d, real tokens over the whole optimizer step; None likewise.
             packing: where the sequences of a packed row lie. None of them attends to another or
                 predicts the first token of another, so that all figures are those of padded rows.
+            l1_scale: of the L1 weight in this step, see `l1_scale_at`.
+            dead: bool [L, F], features that the auxiliary loss is to revive; None is none.
 
         The micro-batch's NMSE, a ratio, is weighted by its share of the real tokens.
         """
@@ -131,11 +136,16 @@ class BridgingObjective(nn.Module, ABC):
         for name, value in bridges.items():
             if name.split("/")[0].endswith(config.loss):
                 bridge = bridge + value / len(cutoffs)
+        auxiliary = {}
+        if self.keeps_inputs:
+            auxiliary["auxk"] = self._auxiliary(passes, token_mask, dead)
+            auxiliary["auxk"] = auxiliary["auxk"] * (own_real_tokens / real_tokens)
         terms = (
             (config.lambda_adapt, main[config.loss]),
-            (config.l1_weight, l1_L.sum()),
+            (config.l1_weight * l1_scale, l1_L.sum()),
             (config.lambda_nmse, nmse_states.mean()),
             (config.lambda_bridge, bridge),
+            *((config.auxk_weight, value) for value in auxiliary.values()),
         )
         loss = torch.stack([weight * term for weight, term in terms if weight > 0]).sum()
 
@@ -150,6 +160,7 @@ class BridgingObjective(nn.Module, ABC):
             "l0": l0_L.mean(),
             "nmse": nmse_states.mean(),
             "bridge": bridge,
+            **auxiliary,
             **{f"l1/layer_{i}": value for i, value in enumerate(l1_L)},
             **{f"l0/layer_{i}": value for i, value in enumerate(l0_L)},
             **{f"l0_at_least/bits_{i}": value for i, value in enumerate(at_least)},
@@ -159,9 +170,34 @@ class BridgingObjective(nn.Module, ABC):
         metrics = {name: value.detach() for name, value in metrics.items()}
         return StepOutput(loss, metrics, passes.recorder.fired())
 
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether the main pass has to keep what the adapters read, for the auxiliary loss."""
+        return self.config.auxk_weight > 0
+
+    def _auxiliary(self, passes: Passes, token_mask: Tensor, dead: Tensor | None) -> Tensor:
+        if dead is None:
+            return torch.zeros((), device=token_mask.device)
+        return auxiliary_loss(
+            self._adapters,
+            passes.recorder.inputs(),
+            passes.states,
+            passes.reference_states,
+            token_mask,
+            dead,
+            self.config.auxk_k,
+        )
+
     @abstractmethod
     def _passes(self, inputs: Inputs, cutoffs: Sequence[int]) -> Passes:
         """Run both streams and every mixed model; at the end cutoffs one direction only."""
+
+
+def l1_scale_at(step: int, config: ObjectiveConfig) -> float:
+    """Share of the L1 weight in optimizer step `step`, counted from 0: min(1, step / warm-up)."""
+    if not config.l1_warmup_steps:
+        return 1.0
+    return min(1.0, step / config.l1_warmup_steps)
 
 
 def sample_cutoffs(config: ObjectiveConfig, num_layers: int, *, seed: int, step: int) -> list[int]:

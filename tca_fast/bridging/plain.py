@@ -30,7 +30,7 @@ class PlainObjective(BridgingObjective):
         with torch.no_grad(), residual_states(self.reference_stream) as reference_states:
             reference_logits = _logits(self.reference_stream, inputs)
         with (
-            record(inputs.token_mask) as recorder,
+            record(inputs.token_mask, keeps_inputs=self.keeps_inputs) as recorder,
             residual_states(self.adapter_stream) as states,
         ):
             logits = _logits(self.adapter_stream, inputs)

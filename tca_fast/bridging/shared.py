@@ -45,7 +45,7 @@ class SharedObjective(BridgingObjective):
     def _passes(self, inputs: Inputs, cutoffs: Sequence[int]) -> Passes:
         with torch.no_grad():
             reference = self._reference.run(inputs)
-        with record(inputs.token_mask) as recorder:
+        with record(inputs.token_mask, keeps_inputs=self.keeps_inputs) as recorder:
             adapter = self._adapter_pass(inputs, reference)
         main = Readout(adapter.states[-1], self._adapter)
         bridges = {}

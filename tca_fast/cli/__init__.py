@@ -14,6 +14,7 @@ from tca_fast.cli.env import env
 from tca_fast.cli.hub import pull, push
 from tca_fast.cli.plan import plan
 from tca_fast.cli.report import report
+from tca_fast.cli.sweep import sweep
 from tca_fast.cli.train import train
 from tca_fast.cli.verify import verify
 from tca_fast.errors import UserError
@@ -28,6 +29,7 @@ app = typer.Typer(
 app.command(help="Train adapters on the miniature pair and show how well they do.")(demo)
 app.command(help="Train adapters from a YAML configuration.")(train)
 app.command(help="Progress of a training run as one page, also while it goes on.")(report)
+app.command(help="Faithfulness against sparsity over L1 weights.")(sweep)
 app.command(help="Memory, time and GPU-hours of a run before it starts.")(plan)
 app.command(help="Recompute every quantity of a golden folder and compare.")(verify)
 app.command(help="Versions, devices, and which backend serves each operator.")(env)

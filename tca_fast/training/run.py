@@ -76,6 +76,11 @@ def train(
 
         group = DeepSpeedGroup(Path(deepspeed), config, device)
         device = group.device
+        if group.stage == 3 and config.objective.auxk_weight:
+            raise UserError(
+                f"objective.auxk_weight: {config.objective.auxk_weight} reads weights that ZeRO-3 "
+                "holds in parts; set it to 0, or use ZeRO-2"
+            )
     data = _read_data(config, group.num_ranks if group else 1, show_progress)
     warn_if_too_large(
         config,

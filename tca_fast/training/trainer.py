@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tca_fast.adapter_config import Provenance
-from tca_fast.bridging.objective import sample_cutoffs
+from tca_fast.bridging.objective import l1_scale_at, sample_cutoffs
 from tca_fast.bridging.streams import Streams
 from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
@@ -245,6 +245,7 @@ class Trainer:
                 label_tokens=label_tokens,
                 real_tokens=real_tokens,
                 packing=micro_batch.packing,
+                **self._sparsity_options(),
             )
             if backward:
                 is_last = position == len(micro_batches)
@@ -261,6 +262,14 @@ class Trainer:
         assert values is not None, "every rank has a micro-batch in every step"
         totals = self.engine.sum_over_ranks(values)
         return _Accumulated(names, totals, self.engine.any_over_ranks(fired))
+
+    def _sparsity_options(self) -> dict[str, Any]:
+        """What the objective is told of this step beside the batch."""
+        objective = self.config.objective
+        options: dict[str, Any] = {"l1_scale": l1_scale_at(self.progress.step, objective)}
+        if objective.auxk_weight:
+            options["dead"] = self.ages.dead(self.config.run.dead_after_tokens)
+        return options
 
     def _between_steps(self) -> None:
         step, run = self.progress.step, self.config.run

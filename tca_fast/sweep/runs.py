@@ -1,0 +1,195 @@
+"""The runs of a sweep: trained, measured on held-out text, and each of them resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tca_fast.bridging.streams import load_adapted, load_model, load_tokenizer
+from tca_fast.config import TrainConfig
+from tca_fast.durable import Replacement
+from tca_fast.errors import UserError
+from tca_fast.evaluation.faithfulness import Faithfulness, measure_faithfulness
+from tca_fast.training.batches import collate, pad_token_id
+from tca_fast.training.checkpoints import checkpoints
+from tca_fast.training.data import Encoder, open_corpus
+from tca_fast.training.run import resolve_device, train
+
+POINT_NAME = "point.json"
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one L1 weight came to.
+
+    Attributes:
+        l1_weight: of the run.
+        steps: optimizer steps trained.
+        l0: mean active features per held-out token and layer.
+        kl: KL(target || adapter model) per counted token, nats.
+        nmse: mean over the residual states.
+        num_counted: tokens behind `kl`.
+    """
+
+    l1_weight: float
+    steps: int
+    l0: float
+    kl: float
+    nmse: float
+    num_counted: int
+
+
+class Interrupted(Exception):
+    """A run of the sweep was stopped by a signal, after its checkpoint was saved."""
+
+
+def run_sweep(
+    configs: Sequence[TrainConfig], *, num_samples: int, told: Callable[[TrainConfig, str], None]
+) -> list[Point]:
+    """Train and measure every configuration; what is done already is not done again.
+
+    Args:
+        configs: runs that differ in `objective.l1_weight` and `run.output_dir`.
+        num_samples: held-out sequences of each measurement.
+        told: called with a run and what happens to it ("trained before", "resumed", "trained").
+
+    Returns:
+        One point for each, in order of the weights.
+
+    Raises:
+        Interrupted: by Ctrl-C or SIGTERM; the same call goes on from there.
+        UserError: a directory that holds another run, and what `train` raises.
+    """
+    points = []
+    for config in sorted(configs, key=lambda config: config.objective.l1_weight):
+        point = _stored(config, num_samples)
+        if point is None:
+            told(config, _train(config))
+            point = measure(config, num_samples)
+            _store(config, num_samples, point)
+        else:
+            told(config, "measured before")
+        points.append(point)
+    return points
+
+
+def _train(config: TrainConfig) -> str:
+    """Train, go on, or find it done; returns which."""
+    output_dir = Path(config.run.output_dir)
+    if (output_dir / "adapter").exists():
+        _check_same(config)
+        return "trained before"
+    did = "trained"
+    if checkpoints(output_dir):
+        did = "resumed"
+        run = config.run.model_copy(update={"resume_from_checkpoint": "latest"})
+        config = config.model_copy(update={"run": run})
+    if train(config).interrupted:
+        raise Interrupted
+    return did
+
+
+def _check_same(config: TrainConfig) -> None:
+    """Adapters that lie there must be of this configuration.
+
+    Raises:
+        UserError: they are not.
+    """
+    from tca_fast.config import load_config
+
+    path = Path(config.run.output_dir) / "config.yaml"
+    found = load_config(path)
+    resume = {"resume_from_checkpoint": config.run.resume_from_checkpoint}
+    found = found.model_copy(update={"run": found.run.model_copy(update=resume)})
+    if found != config:
+        raise UserError(
+            f"--out: {path.parent} holds a run with other settings; give another directory, or "
+            "the settings of that run"
+        )
+
+
+def measure(config: TrainConfig, num_samples: int) -> Point:
+    """Faithfulness of a trained run on its validation file.
+
+    Raises:
+        UserError: no validation file, or adapters that cannot be read.
+    """
+    if config.data.validation is None:
+        raise UserError("data.validation: missing; a sweep is measured on held-out text, name it")
+    pair, device = config.pair, str(resolve_device(config.run.device))
+    target = load_model("pair.target", pair.target, pair.target_revision, pair, device).eval()
+    adapted = load_adapted(
+        Path(config.run.output_dir) / "adapter",
+        base=pair.base,
+        target=pair.target,
+        dtype=pair.dtype,
+        device=device,
+    )
+    found = measure_faithfulness(adapted.model, target, _batches(config, num_samples))
+    return _point(config, found)
+
+
+def _batches(config: TrainConfig, num_samples: int) -> list[Any]:
+    tokenizer = load_tokenizer(config.pair.target, config.pair.target_revision)
+    encoder = Encoder(tokenizer, config.data, "data.validation")
+    corpus = open_corpus(str(config.data.validation), "data.validation", config.data.bad_lines)
+    count = min(num_samples, len(corpus))
+    encoded = [encoder.encode(corpus.conversation(index)) for index in range(count)]
+    pad, on_prompt = pad_token_id(tokenizer), config.data.loss_on_prompt
+    return [
+        collate(encoded[start : start + _BATCH], pad, on_prompt)[:3]
+        for start in range(0, count, _BATCH)
+    ]
+
+
+def _point(config: TrainConfig, found: Faithfulness) -> Point:
+    path = Path(config.run.output_dir) / "log.jsonl"
+    last = path.read_text(encoding="utf-8").splitlines()[-1]
+    assert found.mean_l0 is not None, "adapters were enabled"
+    return Point(
+        config.objective.l1_weight,
+        int(json.loads(last)["step"]),
+        found.mean_l0,
+        found.kl,
+        found.mean_nmse,
+        found.num_counted,
+    )
+
+
+def _identity(config: TrainConfig, num_samples: int) -> dict[str, Any]:
+    return {"config": config.model_dump(mode="json"), "num_samples": num_samples}
+
+
+def _stored(config: TrainConfig, num_samples: int) -> Point | None:
+    """The point of this very configuration, if it was measured."""
+    path = Path(config.run.output_dir) / POINT_NAME
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["of"] == _identity(config, num_samples):
+            return Point(**stored["point"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return None
+
+
+def _store(config: TrainConfig, num_samples: int, point: Point) -> None:
+    content = {"point": asdict(point), "of": _identity(config, num_samples)}
+    text = json.dumps(content, indent=1) + "\n"
+    with Replacement(config.run.output_dir) as files:
+        files.write(POINT_NAME, lambda path: _write(path, text))
+        files.commit()
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def rising(points: Sequence[Point]) -> list[tuple[Point, Point]]:
+    """Neighbours in the weight of which the larger weight has no lower L0."""
+    ordered = sorted(points, key=lambda point: point.l1_weight)
+    pairs = zip(ordered, ordered[1:], strict=False)
+    return [(low, high) for low, high in pairs if not high.l0 < low.l0]
