@@ -70,10 +70,12 @@ bench: $(INSTALLED)
 STAGE ?= all
 OUT ?= gpu-results
 DEVICE ?= cuda
+STAGE_SECONDS ?= 480
 gpu:
 	$(PYTHON) -c "import tca_fast.kernels" 2>/dev/null || \
 		$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) --device $(DEVICE)
+	$(PYTHON) -m benchmarks.gpu --stage $(STAGE) --out $(OUT) --device $(DEVICE) \
+		--seconds $(STAGE_SECONDS)
 
 # The documentation site, in build/site; a link that leads nowhere is an error.
 docs: $(INSTALLED)

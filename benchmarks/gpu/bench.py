@@ -12,6 +12,7 @@ import torch
 from benchmarks.cases import CASES, GENERATION_CASES, layer_inputs
 from benchmarks.cases import Case as LayerCase
 from benchmarks.correctness import with_gradients
+from benchmarks.gpu.candidates import candidates
 from benchmarks.gpu.facts import backends_of, clocks
 from benchmarks.gpu.rates import Rates
 from benchmarks.gpu.record import Case, Clock, Record, run_cases
@@ -78,6 +79,7 @@ def cases(machine: Machine) -> dict[str, Case]:
             named[f"kernels of {name}: {case.name}"] = partial(kernels, case, name, machine, rounds)
     for case in GENERATION_CASES[kind]:
         named[f"generation: {case.name}"] = measured(GENERATION, case, [*ours(case), DENSE])
+    named.update(candidates(machine, rounds))
     for operation in (ENCODE, DECODE, FORWARD, BACKWARD):
         for case in middle if kind == "cuda" else middle[1:]:
             names = [*ours(case), DENSE, TORCH_SPARSE]
