@@ -36,16 +36,17 @@ void expect(bool holds, const char* what, Values... values) {
 }
 
 void check_words(Random& random) {
-  uint32_t words[8];
+  uint32_t words[24];
+  const int64_t stride = 1 + random() % 3;
   for (uint32_t& word : words) {
     word = random_word(random);
   }
   const int64_t position = random() % 256;
   int rank = 0;
   for (int64_t bit = 0; bit < position; ++bit) {
-    rank += words[bit / 32] >> bit % 32 & 1;
+    rank += words[bit / 32 * stride] >> bit % 32 & 1;
   }
-  expect(cuda::rank_in_words(words, 1, position) == rank, "rank_in_words", position, rank);
+  expect(cuda::rank_in_words(words, stride, position) == rank, "rank_in_words", position);
   const uint32_t word = words[0];
   uint32_t rest = word;
   int found = 0;
@@ -99,6 +100,7 @@ void check_segments(Random& random) {
     expect(s.feature >= 0 && s.feature < F, "feature", s.feature);
     expect(s.first >= col_ptr[s.feature] && s.last <= col_ptr[s.feature + 1], "range", program);
     expect(s.last - s.first <= per_segment, "length", program);
+    expect(program < F || s.first < s.last, "empty", program);
     for (int64_t pair = s.first; pair < s.last; ++pair) {
       ++visits[pair];
     }
