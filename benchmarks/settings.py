@@ -25,10 +25,13 @@ class Objective:
 
     lambda_adapt: float = 1.0
     l1_weight: float = 0.001
+    l1_warmup_steps: int = 0
     lambda_nmse: float = 1.0
     lambda_bridge: float = 2.0
     num_cutoffs: int = 1
     cutoffs: str = "uniform"
     loss: str = "kl"
+    auxk_weight: float = 0.0
+    auxk_k: int | None = None
     step: str = "shared"
     gradient_checkpointing: bool = False
