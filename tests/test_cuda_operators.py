@@ -76,7 +76,8 @@ def test_an_overflow_drops_nothing(case, room):
 )
 def test_blocks_of_several_warps(case, T, D, F, capacity):
     """Also tiles of 256 tokens and of 1024 features, and segments of several batches."""
-    case = replace(case, T=T, D=D, F=F, bias=-3.0 * D**0.5, density=capacity / 2)
+    k = None if case.k is None else min(case.k, F)
+    case = replace(case, T=T, D=D, F=F, k=k, bias=-3.0 * D**0.5, density=capacity / 2)
     check_adapter(case, adapter_of(case))
 
 
