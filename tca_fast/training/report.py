@@ -140,18 +140,20 @@ def _draw_curves(
         checked, found = history.series("validation", name)
         axes.plot(checked, found, "o", color=colour, markersize=4)
         shown += values + found
-    _finite_log_scale(axes, shown)
+    _scale(axes, shown)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(unit)
     axes.set_title(title)
-    if len(names) > 1:
+    if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend()
 
 
-def _finite_log_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Log scale for what spans more than a factor of four."""
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    """Log scale for what spans more than a factor of four; else from zero, where none is below."""
     if values and min(values) > 0 and max(values) > 4 * min(values):
         log_scale(axes, values)
+    elif values and min(values) >= 0:
+        axes.set_ylim(bottom=0, top=None if max(values) > 0 else 1)
 
 
 def _thinned(values: list[Any]) -> list[Any]:
@@ -166,6 +168,8 @@ def _draw_bars(axes: Axes, *, values: Sequence[float], title: str, over: str, un
     axes.set_xlabel(over)
     axes.set_ylabel(unit)
     axes.grid(axis="x", visible=False)
+    if not any(values):
+        axes.set_ylim(0, 1)
     axes.set_title(title)
 
 
