@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,17 +68,18 @@ def new_figure(size: tuple[float, float]) -> Figure:
     return figure
 
 
-def log_scale(axes: Axes, values: Sequence[float]) -> None:
+def log_scale(axes: Axes, values: Sequence[float], which: Literal["x", "y"] = "y") -> None:
     """Log scale with plain numbers on the axis; a linear one where values are not all positive."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     if not values or min(values) <= 0:
         return
-    axes.set_yscale("log")
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.yaxis if which == "y" else axes.xaxis
     steps = (1.0, 2.0, 5.0) if max(values) < 100 * min(values) else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(subs=steps))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def integer_ticks(axes: Axes) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def draw(axes: Axes, points: Sequence[Point], quantity: str, label: str) -> None:
-    """One curve over L0, both axes logarithmic, every point with its weight."""
+    """One curve over L0, logarithmic where it spans a factor of four; points with their weights."""
     ordered = sorted(points, key=lambda point: point.l0)
     l0 = [point.l0 for point in ordered]
     values = [getattr(point, quantity) for point in ordered]
@@ -32,9 +32,9 @@ def draw(axes: Axes, points: Sequence[Point], quantity: str, label: str) -> None
             textcoords="offset points",
             fontsize=9,
         )
-    if min(l0) > 0:
-        axes.set_xscale("log")
-    log_scale(axes, values)
+    log_scale(axes, l0, "x")
+    if max(values) > 4 * min(values):
+        log_scale(axes, values)
     axes.margins(x=0.12)
     axes.set_xlabel("L0: active features per token and layer")
     axes.set_ylabel(label)
