@@ -46,13 +46,13 @@ class FeatureTable:
         return self.layers[layer].to_dense()[:, feature].tolist()
 
     def __repr__(self) -> str:
-        """One line per token: how many features are active, and the strongest of them."""
+        """One line per token: how many features are active in all layers, and the strongest."""
         labels = [repr(token)[1:-1] for token in self.tokens[:_SHOWN_TOKENS]]
         width = max(map(len, ["token", *labels]))
-        lines = [f"{'token':<{width}}  active  strongest, as layer.feature activation"]
+        lines = [f"{'token':<{width}}  active  strongest, as layer/feature activation"]
         for index, label in enumerate(labels):
             active = self.of_token(index)
-            shown = "  ".join(f"{la}.{f} {value:.2f}" for la, f, value in active[:_SHOWN_FEATURES])
+            shown = "  ".join(f"{la}/{f} {value:.2f}" for la, f, value in active[:_SHOWN_FEATURES])
             lines.append(f"{label:<{width}}  {len(active):>6}  {shown}".rstrip())
         if len(self.tokens) > len(labels):
             lines.append(f"... and {len(self.tokens) - len(labels)} more tokens")
