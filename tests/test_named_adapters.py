@@ -229,7 +229,7 @@ class TestFeatures:
         lines = repr(table).splitlines()
         assert len(lines) == 7 and lines[0].startswith("token") and lines[6].startswith("\\n")
         layer, feature, value = table.of_token(2)[0]
-        assert f"{layer}.{feature} {value:.2f}" in lines[3]
+        assert f"{layer}/{feature} {value:.2f}" in lines[3]
 
     def test_a_model_without_tokenizer_asks_for_one(self, adapted):
         with pytest.raises(UserError, match=r"pass features\(text, tokenizer\)"):
