@@ -1,7 +1,6 @@
 """Tiny random models and dense oracles shared by the tests."""
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -47,33 +46,6 @@ def random_model(cls, config, seed: int) -> PreTrainedModel:
             elif "norm" in name:
                 parameter.uniform_(0.7, 1.3)
     return model.eval()
-
-
-# What each adds to Qwen2 and Llama that a partial run or the head has to reproduce.
-ARCHITECTURES = {
-    "qwen3, query and key norms": ("Qwen3", {"head_dim": 6}),
-    "mistral, sliding window in every layer": ("Mistral", {"sliding_window": 4}),
-    "gemma 2, soft-capped logits, sliding window in every other layer": (
-        "Gemma2",
-        {"head_dim": 6, "sliding_window": 4, "final_logit_softcapping": 3.0},
-    ),
-    "phi 3, fused projections": ("Phi3", {}),
-    "olmo 2, norms after the sublayers": ("Olmo2", {}),
-    "granite, scaled embeddings and logits": (
-        "Granite",
-        {"embedding_multiplier": 3.0, "logits_scaling": 2.0},
-    ),
-    "cohere, scaled logits, parallel sublayers": ("Cohere", {"logit_scale": 0.5}),
-    "gpt-neox, parallel sublayers, other names": ("GPTNeoX", {}),
-    "mixtral, experts": ("Mixtral", {}),
-}
-
-
-def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of one of `ARCHITECTURES`."""
-    name, settings = ARCHITECTURES[architecture]
-    config = getattr(transformers, f"{name}Config")(**{**SHAPE, **settings})
-    return random_model(getattr(transformers, f"{name}ForCausalLM"), config, seed)
 
 
 def randomise(adapted, seed: int = 1) -> None:
