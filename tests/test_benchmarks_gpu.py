@@ -110,7 +110,7 @@ def test_all_stages_are_rehearsed_and_write_their_files(bare, tmp_path):
 
 def test_without_a_gpu_the_real_stages_say_so(tmp_path):
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("needs a machine without CUDA")
     result = python(os.environ, "-m", "benchmarks.gpu.stage", "bench", "--device", "cuda",
                     "--out", str(tmp_path), "--seconds", "1")  # fmt: skip
     assert result.returncode == 1 and "--device cpu rehearses" in result.stdout

@@ -13,7 +13,7 @@ from emulated import built, has_compiler
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from operator_cases import Floors, cases, dense_features, gradients, raw, weights
-from test_ops_random import adapter_of, check, check_adapter
+from test_ops_random import adapter_of, check, check_adapter, check_encode
 from tiny import dense_adapter
 
 from tca_fast import ops, reference, registry
@@ -97,18 +97,9 @@ def test_topk_of_a_wide_layer_with_ties(dtype):
 @few(12)
 @given(case=CASES)
 def test_encode_and_decode_equal_dense_autograd(case):
-    arguments = {name: case.tensors[name] for name in ("x", "W_enc", "b_enc")}
-
-    def ours(x, W_enc, b_enc):
-        active = ops.encode(x, W_enc, b_enc, k=case.k).trim()
-        dense = x.new_zeros(case.T, case.F)
-        return {"value": dense.index_put((active.tokens(), active.feature), active.value)}
-
-    def dense(x, W_enc, b_enc):
-        return {"value": dense_features(x, W_enc, b_enc, case.k)}
-
-    check(case, ours, dense, Floors(case).encode, arguments)
-    features = dense_features(*arguments.values(), case.k)
+    check_encode(case)
+    encoder = [case.tensors[name] for name in ("x", "W_enc", "b_enc")]
+    features = dense_features(*encoder, case.k)
     arguments = {name: case.tensors[name] for name in ("W_dec", "b_dec")} | {"features": features}
 
     def decoded(W_dec, b_dec, features):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from operator_cases import Case, Floors, cases, dense_features, gradients, raw, weights
-from test_ops_random import adapter_of, check, check_adapter
+from operator_cases import Case, cases, gradients, raw, weights
+from test_ops_random import adapter_of, check_adapter, check_encode
 from tiny import dense_adapter
 
 from tca_fast import ops, registry
@@ -83,18 +83,8 @@ def test_an_overflow_drops_nothing(case, room):
 @few()
 @given(case=CASES.map(small))
 def test_encode_and_decode_equal_dense_autograd(case):
-    arguments = {name: case.tensors[name] for name in ("x", "W_enc", "b_enc")}
-
-    def ours(x, W_enc, b_enc):
-        active = ops.encode(x, W_enc, b_enc, k=case.k).trim()
-        dense = x.new_zeros(case.T, case.F)
-        return {"value": dense.index_put((active.tokens(), active.feature), active.value)}
-
-    def dense(x, W_enc, b_enc):
-        return {"value": dense_features(x, W_enc, b_enc, case.k)}
-
-    check(case, ours, dense, Floors(case).encode, arguments)
-    x, W_enc, b_enc = arguments.values()
+    check_encode(case)
+    x, W_enc, b_enc = (case.tensors[name] for name in ("x", "W_enc", "b_enc"))
     active = ops.encode(x, W_enc, b_enc, k=case.k)
     W_dec = case.tensors["W_dec"].contiguous().requires_grad_()
     y = ops.decode(active, W_dec, case.tensors["b_dec"], gain=case.gains)

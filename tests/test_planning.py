@@ -363,7 +363,7 @@ def test_training_warns_of_a_run_that_will_not_fit(pair, tmp_path, monkeypatch, 
 def test_free_memory_is_shared_by_the_ranks_of_a_machine():
     alone, shared = (forecast.free_memory(torch.device("cpu"), ranks) for ranks in (1, 4))
     if alone is None:
-        pytest.skip("the system does not say")
+        pytest.skip("needs a system that says how much memory is free")
     assert shared == pytest.approx(alone / 4, rel=0.2)
 
 
