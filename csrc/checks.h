@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -41,27 +42,33 @@ inline void check_dimensions(
       tensor.dim() == dimensions, name, ": shape ", shape_of(tensor), ", expected ", expected);
 }
 
-// The tensor as one of the library's device and of the given shape, made contiguous.
+// "[2, 3]", for messages alone.
+inline std::string shape_of(std::initializer_list<int64_t> shape) {
+  std::string text = "[";
+  for (int64_t size : shape) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  }
+  return text + "]";
+}
+
+// The tensor as one of the library's device and of the given shape, made contiguous. Whatever costs
+// more than a comparison waits until it is needed: in generation these checks are a visible share.
 inline Tensor checked(
     const char* name,
     const Tensor& tensor,
     std::initializer_list<int64_t> shape,
     torch::headeronly::ScalarType dtype) {
-  bool fits = tensor.dim() == static_cast<int64_t>(shape.size());
-  std::string expected = "[";
-  int64_t dimension = 0;
-  for (int64_t size : shape) {
-    fits = fits && tensor.sizes()[dimension] == size;
-    expected += (dimension++ ? ", " : "") + std::to_string(size);
-  }
-  STD_TORCH_CHECK(fits, name, ": shape ", shape_of(tensor), ", expected ", expected, "]");
+  const auto sizes = tensor.sizes();
+  STD_TORCH_CHECK(
+      std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, ": shape ",
+      shape_of(tensor), ", expected ", shape_of(shape));
   STD_TORCH_CHECK(
       tensor.scalar_type() == dtype, name, ": dtype ", torch::headeronly::toString(tensor.scalar_type()),
       ", expected ", torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(
       tensor.device().type() == torch::headeronly::DeviceType::TCA_FAST_DEVICE, name,
       ": is not on the ", kDevice);
-  return torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline std::optional<Tensor> checked(

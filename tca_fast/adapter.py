@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -89,18 +89,19 @@ class TranscoderAdapter(nn.Module):
         Raises:
             UserError: shapes that do not fit.
         """
-        dtype = mlp_out.dtype
-        if self.gain is not None and self.gain.dim() == 2:
-            return self._forward_by_row(x.to(dtype), mlp_out, token_mask, self.gain.to(dtype))
+        dtype, gain = mlp_out.dtype, self.gain
+        x = _cast(x, dtype)
+        if gain is not None and gain.dim() == 2:
+            return self._forward_by_row(x, mlp_out, token_mask, _cast(gain, dtype))
         output = ops.adapter(
-            x.to(dtype),
+            x,
             mlp_out,
-            self.W_enc.to(dtype),
-            self.b_enc.to(dtype),
-            self.W_dec.to(dtype),
-            None if self.b_dec is None else self.b_dec.to(dtype),
+            _cast(self.W_enc, dtype),
+            _cast(self.b_enc, dtype),
+            _cast(self.W_dec, dtype),
+            _cast(self.b_dec, dtype),
             k=self.config.k,
-            gain=None if self.gain is None else self.gain.to(dtype),
+            gain=_cast(gain, dtype),
             token_mask=token_mask,
             expected_density=self.expected_density,
         )
@@ -125,8 +126,7 @@ class TranscoderAdapter(nn.Module):
         token, feature = active.tokens(), active.feature.long()
         gained = active.value * gain_BF[token // x.shape[1], feature]
         scaled = ActiveFeatures(active.row_ptr, active.feature, gained, active.num_features)
-        b_dec = None if self.b_dec is None else self.b_dec.to(x.dtype)
-        added = ops.decode(scaled, self.W_dec.to(x.dtype), b_dec)
+        added = ops.decode(scaled, _cast(self.W_dec, x.dtype), _cast(self.b_dec, x.dtype))
         counted = torch.ones_like(token, dtype=torch.bool)
         l0 = active.counts()
         if token_mask is not None:
@@ -137,7 +137,7 @@ class TranscoderAdapter(nn.Module):
         fired = torch.zeros_like(self.b_enc, dtype=torch.bool, requires_grad=False)
         fired[feature[counted]] = True
         return AdapterOutput(
-            mlp_out + added.view(mlp_out.shape), l1, l0.int(), fired, active.row_ptr[-1]
+            mlp_out + added.view(mlp_out.shape), l1, l0.int(), fired, active.row_ptr
         )
 
     def expect_observed_density(self) -> None:
@@ -152,7 +152,8 @@ class TranscoderAdapter(nn.Module):
 
     def encode(self, x: Tensor) -> ActiveFeatures:
         """Active features of `x` [..., D], before any gain."""
-        return ops.encode(x, self.W_enc.to(x.dtype), self.b_enc.to(x.dtype), k=self.config.k)
+        W_enc, b_enc = _cast(self.W_enc, x.dtype), _cast(self.b_enc, x.dtype)
+        return ops.encode(x, W_enc, b_enc, k=self.config.k)
 
     def decode(self, active: ActiveFeatures) -> Tensor:
         """What the branch adds for the given features, [T, D], with the gain applied.
@@ -163,12 +164,8 @@ class TranscoderAdapter(nn.Module):
         dtype = active.value.dtype
         if self.gain is not None and self.gain.dim() == 2:
             raise UserError("gain: differs between rows, which decode does not know; clear_gains()")
-        return ops.decode(
-            active,
-            self.W_dec.to(dtype),
-            None if self.b_dec is None else self.b_dec.to(dtype),
-            gain=None if self.gain is None else self.gain.to(dtype),
-        )
+        W_dec, b_dec = _cast(self.W_dec, dtype), _cast(self.b_dec, dtype)
+        return ops.decode(active, W_dec, b_dec, gain=_cast(self.gain, dtype))
 
     def set_gain(self, feature: int | Sequence[int] | None, value: float | Sequence[float]) -> None:
         """Multiply activations from now on; 1 leaves a feature as it is, 0 ablates it.
@@ -221,6 +218,15 @@ class TranscoderAdapter(nn.Module):
         features, width = self.W_enc.shape
         kept = "relu" if self.config.k is None else f"topk(k={self.config.k})"
         return f"width={width}, num_features={features}, activation={kept}"
+
+
+@overload
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in a dtype; nothing is called where it has it, which adds up in a decode step."""
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
 
 
 class AdaptedMLP(nn.Module):

@@ -8,7 +8,6 @@ Shapes: T tokens, D model width, F features, C capacity.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from tca_fast import reference
 from tca_fast.errors import UserError
-from tca_fast.registry import backend, backends, dense_share, operator, serving
+from tca_fast.registry import backend, backends, call, dense_share, serving
 
 __all__ = [
     "ActiveFeatures",
@@ -97,14 +96,19 @@ class AdapterOutput(NamedTuple):
         l1: 0-d, Σ over real tokens of Σ_f a_tf·‖W_dec[f]‖ (contract §1.4, before the mean).
         l0: int32 [T], active features of each real token; 0 for masked tokens.
         fired: bool [F], features that were active in some real token.
-        num_active: int64 0-d, active pairs of all tokens, masked ones included.
+        row_ptr: int64 [T+1], where the active pairs of each token begin; masked ones included.
     """
 
     y: Tensor
     l1: Tensor
     l0: Tensor
     fired: Tensor
-    num_active: Tensor
+    row_ptr: Tensor
+
+    @property
+    def num_active(self) -> Tensor:
+        """Active pairs of all tokens, int64 0-d."""
+        return self.row_ptr[-1]
 
 
 def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int | None = None) -> ActiveFeatures:
@@ -126,7 +130,7 @@ def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, *, k: int | None = None) -> 
     x_TD = _tokens("x", x, W_enc.shape[-1])
     _check_encoder(x_TD, W_enc, b_enc, k)
     capacity = x_TD.shape[0] * (W_enc.shape[0] if k is None else k)
-    value, row_ptr, feature = operator("encode")(x_TD, W_enc, b_enc, k, capacity)
+    value, row_ptr, feature = call("encode", x_TD, W_enc, b_enc, k, capacity)
     return ActiveFeatures(row_ptr, feature, value, W_enc.shape[0])
 
 
@@ -155,7 +159,7 @@ def decode(
     _check("W_dec", W_dec, (num_features, width), active.value)
     _check("b_dec", b_dec, (width,), active.value)
     _check_gain(gain, num_features, active.value)
-    return operator("decode")(active.row_ptr, active.feature, active.value, W_dec, b_dec, gain)
+    return call("decode", active.row_ptr, active.feature, active.value, W_dec, b_dec, gain)
 
 
 def adapter(
@@ -207,7 +211,8 @@ def adapter(
                 f"torch.bool of shape {tuple(x.shape[:-1])}, one entry for each token of x"
             )
         token_mask = token_mask.flatten()
-    y_TD, l1, l0_T, fired_F, row_ptr, *_ = operator("adapter")(
+    y_TD, l1, l0_T, fired_F, row_ptr, *_ = call(
+        "adapter",
         x_TD,
         mlp_out_TD,
         W_enc,
@@ -219,7 +224,7 @@ def adapter(
         k,
         _capacity(x_TD, num_features, k, expected_density),
     )
-    return AdapterOutput(y_TD.view(mlp_out.shape), l1, l0_T, fired_F, row_ptr[-1])
+    return AdapterOutput(y_TD.view(mlp_out.shape), l1, l0_T, fired_F, row_ptr)
 
 
 def _capacity(
@@ -254,10 +259,10 @@ def _tokens(name: str, tensor: Tensor, width: int) -> Tensor:
     return tensor.reshape(-1, width)
 
 
-def _check(name: str, tensor: Tensor | None, shape: Sequence[int], like: Tensor) -> None:
+def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     if tensor is None:
         return
-    if tensor.shape != torch.Size(shape):
+    if tensor.shape != shape:
         raise UserError(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
     if tensor.dtype != like.dtype or tensor.device != like.device:
         raise UserError(

@@ -160,6 +160,16 @@ def operator(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, _namespace), name)
 
 
+def call(name: str, *arguments: Any) -> Any:
+    """Run an operator of the backend in force, by its name in `backends()`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator(name)(*arguments)
+    # Gradients of Python operators are recorded in Python, by a kernel that runs also where there
+    # is nothing to record, and costs several percent of a decode step there.
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(name)(*arguments)
+
+
 def _is_registered(operator: str, key: str, namespace: str = _DISPATCHED) -> bool:
     name = f"{namespace}::{operator}"
     return torch._C._dispatch_has_kernel(name) and (

@@ -39,41 +39,76 @@ inline bool precedes(const Active<T>& a, const Active<T>& b) {
 
 }  // namespace detail
 
+// The active features of one row, found in ascending order; with a K, the K largest of them.
+//
+// More than twice K are never held: then all but the K largest are dropped, and from there on only
+// what is larger than the smallest of those is looked at. An equal one further on would lose the tie.
+template <typename T>
+class RowSearch {
+ public:
+  RowSearch(std::optional<int64_t> k, std::vector<Active<T>>& active)
+      : active_(active), begin_(active.size()), k_(k) {}
+
+  void run(const T* z, const T* b_enc, int64_t num_features) {
+    int64_t f = 0;
+    for (; f + kLanes <= num_features; f += kLanes) {
+      int any = 0;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        any |= !(static_cast<Sum<T>>(z[f + lane]) + static_cast<Sum<T>>(b_enc[f + lane]) <= least_);
+      }
+      if (any) {
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          take(f + lane, z, b_enc);
+        }
+      }
+    }
+    for (; f < num_features; ++f) {
+      take(f, z, b_enc);
+    }
+    if (k_ && held() > *k_) {
+      drop();
+    }
+    if (is_shuffled_) {
+      std::sort(
+          active_.begin() + begin_, active_.end(),
+          [](const Active<T>& a, const Active<T>& b) { return a.feature < b.feature; });
+    }
+  }
+
+ private:
+  int64_t held() const { return static_cast<int64_t>(active_.size()) - begin_; }
+
+  void take(int64_t f, const T* z, const T* b_enc) {
+    const Sum<T> value = static_cast<Sum<T>>(z[f]) + static_cast<Sum<T>>(b_enc[f]);
+    if (!(value <= least_)) {
+      active_.push_back({static_cast<int32_t>(f), static_cast<T>(value)});
+      if (k_ && held() >= 2 * *k_ + kLanes) {
+        drop();
+      }
+    }
+  }
+
+  void drop() {
+    const auto first = active_.begin() + begin_, last_kept = first + (*k_ - 1);
+    std::nth_element(first, last_kept, active_.end(), detail::precedes<T>);
+    least_ = last_kept->value;
+    active_.resize(begin_ + *k_);
+    is_shuffled_ = true;
+  }
+
+  std::vector<Active<T>>& active_;
+  const int64_t begin_;
+  const std::optional<int64_t> k_;
+  Sum<T> least_ = 0;
+  bool is_shuffled_ = false;
+};
+
 // Appends the active features of one row to `active`, in ascending order.
 template <typename T>
 inline void collect_active(
     const T* z, const T* b_enc, int64_t num_features, std::optional<int64_t> k,
     std::vector<Active<T>>& active) {
-  const size_t begin = active.size();
-  auto take = [&](int64_t f) {
-    const Sum<T> value = static_cast<Sum<T>>(z[f]) + static_cast<Sum<T>>(b_enc[f]);
-    if (!(value <= 0)) {
-      active.push_back({static_cast<int32_t>(f), static_cast<T>(value)});
-    }
-  };
-  int64_t f = 0;
-  for (; f + kLanes <= num_features; f += kLanes) {
-    int any = 0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      any |= !(static_cast<Sum<T>>(z[f + lane]) + static_cast<Sum<T>>(b_enc[f + lane]) <= 0);
-    }
-    if (any) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        take(f + lane);
-      }
-    }
-  }
-  for (; f < num_features; ++f) {
-    take(f);
-  }
-  if (k.has_value() && static_cast<int64_t>(active.size() - begin) > *k) {
-    const auto first = active.begin() + begin;
-    std::nth_element(first, first + (*k - 1), active.end(), detail::precedes<T>);
-    active.resize(begin + *k);
-    std::sort(active.begin() + begin, active.end(), [](const Active<T>& a, const Active<T>& b) {
-      return a.feature < b.feature;
-    });
-  }
+  RowSearch<T>(k, active).run(z, b_enc, num_features);
 }
 
 // Replaces one row of pre-activations by its activations.
