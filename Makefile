@@ -28,13 +28,13 @@ $(LOWEST)/.installed: constraints-lowest.txt $(INSTALLED)
 	touch $@
 
 # Ten thousand random cases of every random test for the C++ backend and 500 for the others, with
-# their count, 200 random pairs through both steps, ten thousand damaged checkpoints and
-# configurations, and the cases marked slow, which need 9 GB and run one after another.
+# their count, 200 random pairs through both steps, ten thousand damaged checkpoints,
+# configurations and data files, and the cases marked slow, which need 9 GB and run one after another.
 test-long: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_ops*.py tests/test_kernels.py tests/test_cuda_operators.py \
 		tests/test_bridging_shared.py tests/test_bridging_packing.py tests/test_planning_memory.py \
-		tests/test_training_fuzz.py tests/test_rank_counts.py -n auto --dist loadgroup \
-		--hypothesis-profile=long --hypothesis-show-statistics
+		tests/test_training_fuzz.py tests/test_data_fuzz.py tests/test_rank_counts.py \
+		-n auto --dist loadgroup --hypothesis-profile=long --hypothesis-show-statistics
 
 # Training on two ranks is killed, its disk filled and its checkpoints damaged N times; every resume is
 # compared bit for bit. Goes on where it was stopped; the results are in build/drill/summary.json.

@@ -1,5 +1,6 @@
 """Files, prompt formats, truncation, masks, padding and data order, against hand-written ids."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -28,7 +29,8 @@ def ids_of(text: str) -> list[int]:
 
 
 def test_a_corpus_gives_every_conversation_in_order(tmp_path):
-    lines = [conversation_line(f"q{i} \u00e9\uff5c", f"a{i}\nb", difficulty=3) for i in range(3)]
+    deep = json.loads("[" * 99 + "]" * 99)
+    lines = [conversation_line(f"q{i} \u00e9\uff5c", f"a{i}\nb", difficulty=deep) for i in range(3)]
     path = write(tmp_path / "d.jsonl", "\ufeff" + lines[0], "", lines[1] + "\r", lines[2])
     corpus = open_corpus(path, "data.train")
     assert len(corpus) == 3 and corpus.line_numbers == [1, 3, 4]
@@ -59,9 +61,26 @@ BAD_LINES = {
     ),
     "half a surrogate pair": (
         b'{"conversations": [{"value": "x"}, {"value": "\\ud800"}]}',
-        "line 2: the assistant turn holds half of a surrogate pair",
+        "line 2: the assistant turn .* holds half of a surrogate pair",
     ),
-    "nested too deeply": (b"[" * 100_000, "line 2: not valid JSON"),
+    "nested too deeply for Python": (b"[" * 100_000, "line 2: nested deeper than 100 levels"),
+    "nested too deeply for us": (
+        GOOD[:-1].encode() + b', "x": ' + b"[" * 100 + b"]" * 100 + b"}",
+        "line 2: nested deeper than 100 levels",
+    ),
+    "a key twice": (
+        GOOD[:-1].encode() + b', "domain": "code"}',
+        "line 2: an object has the key 'domain' twice",
+    ),
+    "a number that is none": (
+        GOOD[:-1].encode() + b', "difficulty": NaN}',
+        "line 2: not valid JSON .NaN is no JSON number",
+    ),
+    "a system turn": (
+        b'{"conversations": [{"from": "system", "value": "x"}, {"from": "user", "value": "y"}]}',
+        r"line 2: the user turn \(conversations\[0\]\) is from 'system', not 'human' or 'user'",
+    ),
+    "a domain that is no text": (GOOD.replace('"math"', "3").encode(), "line 2: 'domain' is no"),
 }
 
 

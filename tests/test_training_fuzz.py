@@ -8,13 +8,12 @@ import contextlib
 import json
 import random
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import is_long
+from fuzzing import mutate, number_of_cases, within_seconds
 from safetensors.torch import load_file, save_file
 from test_training_checkpoints import PART, WEIGHTS, sealed
 
@@ -36,7 +35,7 @@ VALUES = [None, True, False, 0, -1, 7, 10**30, 0.5, float("nan"), "", "x", [], [
 
 @pytest.fixture(scope="module")
 def num_cases(request) -> int:
-    return 10_000 if is_long(request.config) else 300
+    return number_of_cases(request.config)
 
 
 class Resume:
@@ -82,42 +81,6 @@ class Resume:
 @pytest.fixture(scope="module")
 def resume(pair) -> Resume:
     return Resume(pair)
-
-
-@contextlib.contextmanager
-def within_seconds(seconds: int, case: object):
-    def give_up(number, frame):
-        raise TimeoutError(f"case {case} hangs")
-
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def mutate(content: bytes, draw: random.Random) -> bytes:
-    """Flip, cut, double, blank or drop some bytes."""
-    changed = bytearray(content)
-    for _ in range(draw.choice((1, 1, 1, 3, 20))):
-        if not changed:
-            break
-        place = draw.randrange(len(changed))
-        length = draw.choice((1, 1, 8, 100))
-        kind = draw.randrange(6)
-        if kind <= 1:
-            changed[place] ^= 1 << draw.randrange(8)
-        elif kind == 2:
-            del changed[place:]
-        elif kind == 3:
-            del changed[place : place + length]
-        elif kind == 4:
-            changed[place:place] = changed[place : place + length]
-        else:
-            changed[place : place + length] = bytes(len(changed[place : place + length]))
-    return bytes(changed)
 
 
 def test_no_damage_on_the_disk_is_accepted(resume, num_cases):

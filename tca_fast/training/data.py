@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,11 @@ from tca_fast.config import DataConfig
 from tca_fast.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
+# Python's own limit counts the frames of the caller too: a line could pass the scan and then fail
+# when it is read from elsewhere.
+MAX_NESTING = 100
+# What data sets in the wild call the two sides.
+_ROLES = {"user": ("human", "user"), "assistant": ("gpt", "assistant")}
 
 
 class Conversation(NamedTuple):
@@ -209,13 +216,18 @@ def _parse(line: bytes, number: int) -> Conversation:
     if number == 1:
         text = text.removeprefix(BYTE_ORDER_MARK)
     try:
-        record = json.loads(text)
+        # As floats, because Python refuses long integers; no number is used.
+        record = json.loads(
+            text, parse_int=float, parse_constant=_refuse_constant, object_pairs_hook=_object
+        )
     except json.JSONDecodeError as error:
         raise _BadLine(f"not valid JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:
-        raise _BadLine(f"not valid JSON ({error})") from None
+    except RecursionError:
+        raise _BadLine(_TOO_DEEP) from None
     if not isinstance(record, dict):
         raise _BadLine(f"holds a JSON {type(record).__name__}, not an object")
+    if _is_deeper(record, MAX_NESTING):
+        raise _BadLine(_TOO_DEEP)
     turns = record.get("conversations")
     if not isinstance(turns, list) or len(turns) < 2:
         raise _BadLine(
@@ -223,25 +235,67 @@ def _parse(line: bytes, number: int) -> Conversation:
             '{"conversations": [{"from": "user", "value": "…"}, '
             '{"from": "assistant", "value": "…"}]}'
         )
-    domain = record.get("domain", "")
+    domain = record.get("domain")
+    if domain is None:
+        domain = ""
     return Conversation(
         _turn_text(turns, 0, "user"),
         _turn_text(turns, 1, "assistant"),
-        domain if isinstance(domain, str) else "",
+        _text(domain, "'domain'"),
         number,
     )
 
 
+_TOO_DEEP = f"nested deeper than {MAX_NESTING} levels"
+
+
+def _refuse_constant(name: str) -> None:
+    raise _BadLine(f"not valid JSON ({name} is no JSON number)")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise _BadLine(f"an object has the key {reprlib.repr(name)} twice")
+    return record
+
+
+def _is_deeper(record: dict[str, Any], levels: int) -> bool:
+    """Whether lists and objects lie in one another more than `levels` deep."""
+    inside: list[Any] = [record]
+    for _ in range(levels):
+        inside = [
+            inner
+            for one in inside
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
+        if not inside:
+            return False
+    return True
+
+
 def _turn_text(turns: list[Any], index: int, role: str) -> str:
-    turn = turns[index]
+    turn, where = turns[index], f"the {role} turn (conversations[{index}])"
     value = turn.get("value") if isinstance(turn, dict) else None
     if not isinstance(value, str) or not value:
-        raise _BadLine(f"the {role} turn (conversations[{index}]) has no text under 'value'")
+        raise _BadLine(f"{where} has no text under 'value'")
+    # Without the key, the place alone says whose turn it is.
+    if turn.get("from", role) not in _ROLES[role]:
+        names = " or ".join(map(repr, _ROLES[role]))
+        raise _BadLine(f"{where} is from {reprlib.repr(turn['from'])}, not {names}")
+    return _text(value, where)
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise _BadLine(f"{where} is no text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
         # An escape such as \ud800 is legal JSON but no text; tokenizers refuse it.
-        raise _BadLine(f"the {role} turn holds half of a surrogate pair") from None
+        raise _BadLine(f"{where} holds half of a surrogate pair") from None
     return value
 
 

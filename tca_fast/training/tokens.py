@@ -29,7 +29,7 @@ from tca_fast.training.batches import worker_options
 from tca_fast.training.data import Corpus, Encoded, Encoder
 
 SHARD_SEQUENCES = 1024
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _COLUMNS = ("lengths", "prompt_lengths", "original_lengths")
 _CHUNK = 16  # conversations that a worker hands over together
 
