@@ -1,10 +1,13 @@
 """Sequences packed into one row against the same sequences padded: nothing may change."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import batch, packed, randomise, tiny_qwen2
+from torch._higher_order_ops.flex_attention import math_attention
 from torch.nn.attention import flex_attention as torch_flex
 from transformers import masking_utils
 from transformers.integrations import flex_attention as transformers_flex
@@ -25,6 +28,7 @@ TOLERANCE = 1e-5  # in float32, relative; gradients in norm, tensor by tensor
 VALUE_FLOOR = 8 * torch.finfo(torch.float32).eps
 # Of the norm of the whole gradient: its roundings, for tensors that are nearly nothing.
 GRADIENT_FLOOR = 1e-6
+IS_LONG = settings().max_examples > 200  # the profile of `make test-long`
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -51,9 +55,15 @@ def evaluate(step, streams, inputs, cutoffs=(0, 1, 3)):
 
 
 def assert_packed_equals_padded(step, streams, padded, cutoffs=(0, 1, 3)):
-    """Loss and metrics key by key, fired features, and every gradient."""
-    output, gradients = evaluate(step, streams, padded, cutoffs)
-    row, of_row = evaluate(step, streams, packed(padded), cutoffs)
+    """Loss and metrics key by key, fired features, and every gradient; returns the packed ones."""
+    found = evaluate(step, streams, packed(padded), cutoffs)
+    assert_equal(found, evaluate(step, streams, padded, cutoffs))
+    return found
+
+
+def assert_equal(found, expected):
+    (row, of_row), (output, gradients) = found, expected
+    torch.testing.assert_close(row.loss, output.loss, rtol=TOLERANCE, atol=VALUE_FLOOR)
     assert list(row.metrics) == list(output.metrics)
     for name, value in output.metrics.items():
         torch.testing.assert_close(
@@ -87,7 +97,7 @@ MIXES = st.tuples(
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@settings(max_examples=200 if settings().max_examples > 200 else 12)
+@settings(max_examples=200 if IS_LONG else 12)
 @given(MIXES)
 def test_any_mix_of_lengths_gives_the_same(streams, implementation, mix):
     attend_by(streams, implementation)
@@ -95,38 +105,54 @@ def test_any_mix_of_lengths_gives_the_same(streams, implementation, mix):
         assert_packed_equals_padded(step, streams, random_rows(*mix))
 
 
-@pytest.fixture
-def plain_flex_attention(monkeypatch):
-    """Flex attention by its own uncompiled arithmetic, which has a backward on CPUs too.
+# transformers compiles flex attention. For CPUs PyTorch (2.13) has only a compiled forward, whose
+# C++ does not build for a second length, and refuses tensors that need a gradient. It also has the
+# arithmetic in plain operators, which both ways below take; masks and scores are transformers' own.
 
-    What transformers compiles instead has none there, and the C++ of its forward does not compile
-    under PyTorch 2.13. The block masks are the same ones.
-    """
+
+def own_flex_attention(query, key, value, training=False, **options):
+    """PyTorch's, not compiled but traced anew by every call, with its own backward: seconds."""
+    return torch_flex.flex_attention(query, key, value, **options)
+
+
+def dense_flex_attention(query, key, value, *, score_mod, block_mask, scale, **options):
+    """The forward of the same by itself, with the backward of autograd."""
+    return math_attention(query, key, value, score_mod, block_mask.as_tuple(), scale, {})[0]
+
+
+@contextlib.contextmanager
+def plain_flex_attention(attention):
     compiled_mask = masking_utils.create_block_mask
-
-    def attention(query, key, value, training=False, **options):
-        return torch_flex.flex_attention(query, key, value, **options)
 
     def mask(*arguments, _compile=True, **options):
         return compiled_mask(*arguments, **options)
 
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(transformers_flex, "compile_friendly_flex_attention", attention)
-    monkeypatch.setattr(masking_utils, "create_block_mask", mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+        patch.setattr(transformers_flex, "compile_friendly_flex_attention", attention)
+        patch.setattr(masking_utils, "create_block_mask", mask)
+        yield
+
+
+@settings(max_examples=200 if IS_LONG else 4)
+@given(MIXES)
+def test_any_mix_of_lengths_gives_the_same_with_flex_attention(streams, mix):
+    attend_by(streams, "flex_attention")
+    with plain_flex_attention(dense_flex_attention):
+        for step in STEPS:
+            assert_packed_equals_padded(step, streams, random_rows(*mix))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_gives_the_same(streams, plain_flex_attention):
-    attend_by(streams, "flex_attention")
+def test_both_ways_of_flex_attention_give_what_sdpa_does(streams):
     mix = random_rows([9, 1, 14], 0.5, 3)
-    assert_packed_equals_padded(SharedObjective, streams, mix, cutoffs=[1])
-    expected, of_flex = [
-        evaluate(SharedObjective, streams, rows, [1])[0].loss for rows in (mix, packed(mix))
-    ]
+    attend_by(streams, "flex_attention")
+    with plain_flex_attention(own_flex_attention):
+        own = assert_packed_equals_padded(SharedObjective, streams, mix, cutoffs=[1])
+    with plain_flex_attention(dense_flex_attention):
+        assert_equal(own, evaluate(SharedObjective, streams, packed(mix), [1]))
     attend_by(streams, "sdpa")
-    of_sdpa = evaluate(SharedObjective, streams, packed(mix), [1])[0].loss
-    torch.testing.assert_close(of_flex, of_sdpa, rtol=TOLERANCE, atol=0)
-    torch.testing.assert_close(of_flex, expected, rtol=TOLERANCE, atol=0)
+    assert_equal(own, evaluate(SharedObjective, streams, packed(mix), [1]))
 
 
 # Masks that transformers makes without position ids, and positions counted from the mask alone.
