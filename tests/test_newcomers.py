@@ -1,13 +1,14 @@
 """What a newcomer gets wrong when attaching or loading, and the sentence that answers it."""
 
 import json
-import re
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import transformers
+from hub_server import Hub
 from tiny import SHAPE, randomise, tiny_qwen2
 from torch import nn
 
@@ -166,25 +167,75 @@ def test_offloaded_mlps():
         tca_fast.attach(model, tca_fast.AdapterConfig(num_features=2))
 
 
+# What `AutoModel` and the like answer, as JSON. A process of its own, because in this one another
+# test may have told PEFT of the method. None in a module's place makes it count as not installed.
+OPENING = """
+import json, sys
+if "without" in sys.argv[1]:
+    sys.modules["peft"] = None
+import transformers
+ways = {
+    "AutoModelForCausalLM": transformers.AutoModelForCausalLM.from_pretrained,
+    "AutoModel": transformers.AutoModel.from_pretrained,
+    "pipeline": lambda name: transformers.pipeline("text-generation", name),
+}
+answers = {}
+for name in sys.argv[2:]:
+    for way, call in ways.items():
+        try:
+            answers[f"{way} of {name}"] = "opened", str(call(name))
+        except Exception as error:
+            answers[f"{way} of {name}"] = type(error).__name__, str(error)
+print("\\n" + json.dumps(answers))
+"""
+
+
+def contents(directory, model=None):
+    """Files of a directory; of an adapter, with another name of the model it belongs to."""
+    files = {file.name: file.read_bytes() for file in directory.iterdir()}
+    if model:
+        config = json.loads(files["adapter_config.json"])
+        config |= {"base_model_name_or_path": model, "revision": None}
+        files["adapter_config.json"] = json.dumps(config).encode()
+    return files
+
+
 class TestAutoModel:
-    """An adapter repository opened as if it were a model: transformers answers, not we."""
+    """An adapter opened as if it were a model: transformers answers, not we."""
+
+    def answers(self, peft, saved, tmp_path):
+        """Of a directory, and of a repository of a hub that has the model too."""
+        directory = tmp_path / "adapter"
+        directory.mkdir()
+        for name, data in contents(saved / "adapter", str(saved / "model")).items():
+            (directory / name).write_bytes(data)
+        with Hub() as hub:
+            hub.repos["org/adapter"] = contents(saved / "adapter", "org/target")
+            hub.repos["org/target"] = contents(saved / "model")
+            run = subprocess.run(
+                [sys.executable, "-c", OPENING, f"{peft} peft", str(directory), "org/adapter"],
+                env={
+                    **os.environ,
+                    "HF_ENDPOINT": hub.address,
+                    "HF_HUB_CACHE": str(tmp_path / "cache"),
+                    "HF_HUB_OFFLINE": "0",
+                },
+                capture_output=True,
+                text=True,
+            )
+        assert run.returncode == 0, run.stderr
+        answers = json.loads(run.stdout.splitlines()[-1])
+        assert len(answers) == 6
+        return answers
 
     def test_with_peft_the_answer_names_what_to_install_and_call(self, saved, tmp_path):
         pytest.importorskip("peft")
-        directory = tmp_path / "adapter"
-        directory.mkdir()
-        for file in (saved / "adapter").iterdir():
-            (directory / file.name).write_bytes(file.read_bytes())
-        config = json.loads((directory / "adapter_config.json").read_text())
-        config["base_model_name_or_path"], config["revision"] = str(saved / "model"), None
-        (directory / "adapter_config.json").write_text(json.dumps(config))
-        # A process of its own, because in this one another test may have told PEFT of the method.
-        opening = (
-            "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-        )
-        run = subprocess.run(
-            [sys.executable, "-c", opening, str(directory)], capture_output=True, text=True
-        )
-        *_, answer = run.stderr.strip().splitlines()
-        assert run.returncode == 1
-        assert re.match(r"KeyError: .*install tca_fast.*or load with tca_fast.load", answer)
+        for way, (kind, text) in self.answers("with", saved, tmp_path).items():
+            assert kind == "KeyError", (way, kind, text)
+            assert "install tca_fast" in text and "or load with tca_fast.load" in text, (way, text)
+
+    def test_without_peft_there_is_no_model(self, saved, tmp_path):
+        # The words are transformers' own: it looks for config.json and knows no other file.
+        for way, (kind, text) in self.answers("without", saved, tmp_path).items():
+            assert kind in ("ValueError", "OSError"), (way, kind, text)
+            assert way.split(" of ")[1] in text and "config.json" in text, (way, text)
