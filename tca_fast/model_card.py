@@ -29,7 +29,8 @@ model's MLPs and its fine-tuned sibling's. This directory holds the adapters onl
 | activation | {activation} |
 | decoder bias | {decoder_bias} |
 
-The adapters attach to {model}.
+The adapters attach to {model}. Without tca_fast, `AutoModel` and `pipeline` of
+transformers do not open them; with it:
 
 ```python
 import tca_fast
