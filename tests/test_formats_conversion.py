@@ -136,3 +136,28 @@ def test_our_own_files_are_checked(tmp_path, action, message):
     save_file(tensors, path)
     with pytest.raises(UserError, match=message):
         conversion.prepare(tmp_path / "ours", "circuit-tracer")
+
+
+class TestNamesOfModulesInFilesOfOthers:
+    """sparsify's folders are named after the decoder layers, so a name must not lead elsewhere."""
+
+    def write_out(self, source, tmp_path):
+        before = contents(tmp_path)
+        with pytest.raises(UserError, match="is no path of a module"):
+            convert(source, tmp_path / "out", "sparsify")
+        assert contents(tmp_path) == before
+
+    def test_of_our_own(self, tmp_path):
+        saved(tmp_path / "ours", **TOPK)
+        path = tmp_path / "ours/adapter_model.safetensors"
+        names = f"model.{tmp_path}/elsewhere/layers"
+        save_file({k.replace("model.layers", names): t for k, t in load_file(path).items()}, path)
+        self.write_out(tmp_path / "ours", tmp_path)
+
+    def test_of_a_record(self, tmp_path):
+        saved(tmp_path / "ours", **TOPK)
+        config = convert(tmp_path / "ours", tmp_path / "set", "circuit-tracer") / "config.yaml"
+        record = "layers_name: model.layers"
+        assert record in (text := config.read_text())
+        config.write_text(text.replace(record, "layers_name: model.x/../../elsewhere"))
+        self.write_out(tmp_path / "set", tmp_path)

@@ -9,6 +9,7 @@ Shapes: F features per layer, D model width, L layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,8 +127,15 @@ def open_adapters(
         other_keys: which keys of the files may be left over.
 
     Raises:
-        UserError: a tensor is missing, left over, misshapen or of another dtype.
+        UserError: a tensor is missing, left over, misshapen or of another dtype, or `layers_name`
+            is no path of a module.
     """
+    # Formats name folders after it, so a slash in it would lead out of the directory to write.
+    if not re.fullmatch(r"\w+(\.\w+)*", layers_name):
+        raise UserError(
+            f"{directory}: decoder layers are at {layers_name!r}, which is no path of a module "
+            f"such as {DEFAULT_LAYERS_NAME!r}; save the adapters again"
+        )
     shapes = tensor_shapes(adapter, hidden_size)
     placed: dict[str, dict[str, tuple[int, ...]]] = {}
     for layer in range(num_layers):
