@@ -45,8 +45,9 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """Hash some rows of every weight of the first and last decoder layer.
 
     Weights are rounded to bfloat16 and those too small for float16 are taken as zero, so the
-    hash of a released checkpoint does not depend on the dtype it was loaded in. Adapters do not
-    count. It costs milliseconds: at most 64 evenly spaced rows per weight are read.
+    hash of a released checkpoint does not depend on the dtype it was loaded in (float16 rounds a
+    float32 release otherwise, and that hash differs). Adapters do not count. It costs
+    milliseconds: at most 64 evenly spaced rows per weight are read.
     """
     layers = decoder_parts(model).layers
     mlp, rest = hashlib.sha256(), hashlib.sha256()
@@ -90,8 +91,11 @@ def _hash_weights(digest: Any, weights: list[tuple[str, nn.Parameter]]) -> None:
                 f"fingerprint: {name} holds no values here (partitioned by ZeRO-3?); take the "
                 "fingerprint before partitioning and pass it in Provenance"
             )
-        stride = -(-len(weight) // _NUM_ROWS)
-        rows = weight.detach()[::stride].cpu().float()
-        rows = torch.where(rows.abs() < _SMALLEST_NORMAL_HALF, 0.0, rows).to(torch.bfloat16)
+        # The experts of a layer may be one tensor, [E, D, D'].
+        rows = weight.detach().flatten(0, -2) if weight.dim() > 2 else weight.detach()
+        rows = rows[:: -(-len(rows) // _NUM_ROWS)].cpu().float().to(torch.bfloat16)
+        # Rounded first: a value just below the limit rounds up to it where a model is loaded in
+        # bfloat16.
+        rows = torch.where(rows.abs() < _SMALLEST_NORMAL_HALF, 0.0, rows)
         digest.update(str(tuple(weight.shape)).encode())
         digest.update(rows.contiguous().view(torch.int16).numpy().tobytes())

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import randomise, tiny_llama, tiny_qwen2
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tca_fast
 from tca_fast import checkpoint, durable
@@ -283,6 +285,18 @@ def test_a_hub_id_is_loaded_from_its_snapshot(saved, monkeypatch):
     assert asked == {"repo": "org/adapter", "revision": "v2"}
 
 
+class _LargestCopy(TorchDispatchMode):
+    """How many values the largest tensor had that was brought to another dtype or device."""
+
+    num_values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if function is torch.ops.aten._to_copy.default:
+            self.num_values = max(self.num_values, result.numel())
+        return result
+
+
 class TestFingerprint:
     def test_the_dtype_a_model_was_loaded_in_does_not_matter(self):
         # Models are released in bfloat16; float32 and float16 then hold the same values, except
@@ -293,6 +307,30 @@ class TestFingerprint:
         mark = fingerprint(released)
         assert fingerprint(released.to(torch.float16)) == mark
         assert fingerprint(make_model().to(torch.bfloat16).float()) == fingerprint(make_model())
+
+    def test_a_release_in_float32_may_be_loaded_in_bfloat16(self):
+        # Values just below 2⁻¹⁴, from where on they are taken as zero, round up to it.
+        released = make_model()
+        with torch.no_grad():
+            released.model.layers[0].mlp.up_proj.weight[0, 0] = 2.0**-14 * (1 - 2.0**-12)
+        mark = fingerprint(released)
+        assert fingerprint(released.to(torch.bfloat16)) == mark
+
+    @pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "gpt-oss"])
+    def test_of_many_experts_few_rows_are_read(self, family):
+        model = zoo.make(family)
+        mlp = model.model.layers[0].mlp
+        with torch.no_grad():
+            for _, weight in mlp.experts.named_parameters():
+                weight.data = torch.randn(256, *weight.shape[1:])
+        before = fingerprint(model)
+        with _LargestCopy() as largest:
+            assert fingerprint(model) == before
+        widest = max(parameter.shape[-1] for parameter in model.parameters())
+        assert largest.num_values <= 64 * widest
+        with torch.no_grad():
+            mlp.experts.down_proj[0, 0] += 1
+        assert fingerprint(model).mlp != before.mlp
 
     def test_attached_adapters_do_not_matter(self):
         assert fingerprint(make_adapted().model) == fingerprint(make_model())
