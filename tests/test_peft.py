@@ -95,6 +95,17 @@ def test_every_architecture_computes_what_load_computes(family, tmp_path):
         assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
 
 
+@pytest.mark.parametrize("family", ["OLMo", "GPT-2"])  # norms without weights, other names
+def test_fresh_adapters_are_saved_as_ours_are(family, tmp_path):
+    ours = tca_fast.attach(make(family), tca_fast.AdapterConfig(num_features=20))
+    ours.save_pretrained(tmp_path / "ours", Provenance(backbone="base"))
+    model = get_peft_model(make(family), TranscoderAdapterConfig(num_features=20))
+    assert torch.equal(logits(model), logits(make(family)))
+    model.save_pretrained(tmp_path / "theirs")
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "theirs" / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+
+
 def test_fresh_adapters_equal_those_of_attach_and_change_nothing():
     plain = logits(make_model())
     ours = tca_fast.attach(make_model(), tca_fast.AdapterConfig(num_features=20), seed=7)

@@ -127,10 +127,9 @@ class TranscoderAdapterConfig(PeftConfig):
                 self.backbone,
                 marks,
             )
-        width = next(parts.final_norm.parameters()).shape[-1]
         self.target_modules = target_modules(parts.layers_name)
         self._attached = CheckpointInfo(
-            self.adapter(), provenance, len(parts.layers), width, self.dtype
+            self.adapter(), provenance, len(parts.layers), parts.width, self.dtype
         )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
