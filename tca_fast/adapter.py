@@ -6,7 +6,7 @@ Shapes: T tokens, D model width, F features.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -263,7 +263,7 @@ class AdaptedMLP(nn.Module):
         return add_branches([self.adapter], self.layer, hidden_states, mlp_out)
 
 
-def add_branches(adapters: Iterable[TranscoderAdapter], layer: int, x: Tensor, mlp_out: Any) -> Any:
+def add_branches(adapters: Sequence[TranscoderAdapter], layer: int, x: Tensor, mlp_out: Any) -> Any:
     """What an MLP returns with adapters beside it; reports to the open recorders, if any.
 
     Args:
@@ -271,10 +271,18 @@ def add_branches(adapters: Iterable[TranscoderAdapter], layer: int, x: Tensor, m
         layer: index of the decoder layer.
         x: the MLP's input, [B, S, D].
         mlp_out: what it returned; of a tuple the first entry is adapted.
+
+    Raises:
+        UserError: several are on while a recorder is open, which keeps one set of features.
     """
     if isinstance(mlp_out, tuple):
         return (add_branches(adapters, layer, x, mlp_out[0]), *mlp_out[1:])
     recorder, recording = sparsity.current(), activations.current()
+    if len(adapters) > 1 and (recorder is not None or recording is not None):
+        raise UserError(
+            f"recording: {len(adapters)} adapters are active, and what is recorded are the "
+            "features of one; set_adapter(name) to one of them first"
+        )
     token_mask = None if recorder is None else recorder.token_mask
     for adapter in adapters:
         output = adapter(x, mlp_out, token_mask)

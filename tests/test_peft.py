@@ -12,6 +12,7 @@ from tiny import SHAPE, batch, randomise
 from zoo import ZOO, make
 
 import tca_fast
+from tca_fast import activations, sparsity
 from tca_fast.adapter_config import PEFT_TYPE_IN_FILES, Provenance
 from tca_fast.errors import UserError
 
@@ -175,6 +176,18 @@ class TestSwitching:
             outputs.append(layer(x).detach())
         bare = layer.base_layer(x).detach()
         torch.testing.assert_close(outputs[2], outputs[0] + outputs[1] - bare)
+
+    @pytest.mark.parametrize("record", [activations.record, sparsity.record])
+    def test_a_recording_is_of_one_active_adapter(self, model, record):
+        model = model[0]
+        model.base_model.set_adapter(["one", "two"])
+        with record(), pytest.raises(UserError, match="2 adapters are active.*set_adapter"):
+            logits(model)
+        model.set_adapter("two")
+        with activations.record() as recording:
+            logits(model)
+        assert [sorted(step.layers) for step in recording.steps] == [[0, 1, 2]]
+        assert recording.layer(1).num_features == 12
 
     def test_each_is_saved_under_its_name(self, model, tmp_path):
         model, one, two = model
