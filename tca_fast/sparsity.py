@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tca_fast.ops import AdapterOutput
+
+
+class _Statistics(NamedTuple):
+    """Of one layer: an `AdapterOutput` without `y`, which would be kept until the backward."""
+
+    l1: Tensor
+    l0: Tensor
+    fired: Tensor
 
 
 class SparsityRecorder:
@@ -30,7 +39,7 @@ class SparsityRecorder:
         """
         self.token_mask = token_mask
         self._keeps_inputs = keeps_inputs
-        self._outputs: dict[int, AdapterOutput] = {}
+        self._statistics: dict[int, _Statistics] = {}
         self._inputs: dict[int, Tensor] = {}
 
     def add(self, layer: int, output: AdapterOutput, x: Tensor | None = None) -> None:
@@ -39,9 +48,9 @@ class SparsityRecorder:
         Raises:
             RuntimeError: that layer already ran in this recording.
         """
-        if layer in self._outputs:
+        if layer in self._statistics:
             raise RuntimeError(f"layer {layer} ran twice in one sparsity recording")
-        self._outputs[layer] = output
+        self._statistics[layer] = _Statistics(output.l1, output.l0, output.fired)
         if self._keeps_inputs and x is not None:
             self._inputs[layer] = x.detach()
 
@@ -52,20 +61,20 @@ class SparsityRecorder:
     @property
     def layers(self) -> list[int]:
         """Layers that ran, ascending."""
-        return sorted(self._outputs)
+        return sorted(self._statistics)
 
     def l1(self) -> Tensor:
         """Decoder-norm-weighted L1 summed over tokens, [layers that ran]; differentiable."""
-        return torch.stack([self._outputs[layer].l1 for layer in self.layers])
+        return torch.stack([self._statistics[layer].l1 for layer in self.layers])
 
     def l0(self) -> Tensor:
         """Active features summed over tokens, float32 [layers that ran]."""
-        totals = [self._outputs[layer].l0.sum(dtype=torch.float32) for layer in self.layers]
+        totals = [self._statistics[layer].l0.sum(dtype=torch.float32) for layer in self.layers]
         return torch.stack(totals)
 
     def l0_by_token(self) -> Tensor:
         """Active features of each token, int32 [layers that ran, T]; 0 for masked tokens."""
-        return torch.stack([self._outputs[layer].l0 for layer in self.layers])
+        return torch.stack([self._statistics[layer].l0 for layer in self.layers])
 
     def l0_at_least(self, num_powers: int) -> Tensor:
         """Pairs of a layer and a token with at least 1, 2, 4, … active features.
@@ -82,7 +91,7 @@ class SparsityRecorder:
 
     def fired(self) -> Tensor:
         """Features active in some real token, bool [layers that ran, F]."""
-        return torch.stack([self._outputs[layer].fired for layer in self.layers])
+        return torch.stack([self._statistics[layer].fired for layer in self.layers])
 
 
 _open: list[SparsityRecorder] = []

@@ -1,6 +1,7 @@
 """The shared step against the plain one: values, gradients, and what it does not run."""
 
 import collections
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tca_fast.bridging.plain import PlainObjective
 from tca_fast.bridging.shared import SharedObjective
 from tca_fast.bridging.streams import build_streams
 from tca_fast.config import ObjectiveConfig
+from tca_fast.sparsity import SparsityRecorder
 
 FAMILIES = {"qwen2": tiny_qwen2, "llama": tiny_llama}
 # Agreement that issue 4 asks for in float32, relative; gradients in norm, tensor by tensor, with
@@ -230,6 +232,28 @@ def test_checkpointing_changes_nothing_but_memory(backbone):
     assert again.metrics == kept.metrics and torch.equal(again.fired, kept.fired)
     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
     assert peak_bytes(lambda: step(True)) < peak_bytes(lambda: step(False)) / 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_statistics_keep_no_output_of_an_adapter(checkpointing, monkeypatch):
+    """It is added to the residual stream, which is kept; L more states would be for nothing."""
+    streams = build_streams(tiny_qwen2(1), tiny_qwen2(2), AdapterConfig(num_features=4))
+    outputs, alive = [], []
+    add, l1 = SparsityRecorder.add, SparsityRecorder.l1
+
+    def watched(recorder, layer, output, x=None):
+        outputs.append(weakref.ref(output.y))
+        add(recorder, layer, output, x)
+
+    def after_the_passes(recorder):
+        alive.extend(reference for reference in outputs if reference() is not None)
+        return l1(recorder)
+
+    monkeypatch.setattr(SparsityRecorder, "add", watched)
+    monkeypatch.setattr(SparsityRecorder, "l1", after_the_passes)
+    config = ObjectiveConfig(gradient_checkpointing=checkpointing)
+    SharedObjective(streams, config)(**batch(), cutoffs=[1])
+    assert len(outputs) == SHAPE["num_hidden_layers"] and not alive
 
 
 @pytest.mark.parametrize("loss", ["kl", "lm"])
