@@ -28,6 +28,7 @@ class TranscoderAdapter(nn.Module):
     are used (design §4.7). The decoder is stored feature-major, one row per feature.
 
     Attributes:
+        width: D; the parameters do not show it where ZeRO-3 has partitioned them.
         W_enc: encoder, [F, D].
         b_enc: encoder bias, [F].
         W_dec: decoder, [F, D].
@@ -60,6 +61,7 @@ class TranscoderAdapter(nn.Module):
         """
         super().__init__()
         self.config = config
+        self.width = width
         self.observer = DensityObserver()
         bound = 1 / math.sqrt(width)
         encoder = torch.empty(config.num_features, width).uniform_(
@@ -215,9 +217,9 @@ class TranscoderAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape and activation, for `print(model)`."""
-        features, width = self.W_enc.shape
         kept = "relu" if self.config.k is None else f"topk(k={self.config.k})"
-        return f"width={width}, num_features={features}, activation={kept}"
+        features = self.config.num_features
+        return f"width={self.width}, num_features={features}, activation={kept}"
 
 
 @overload

@@ -46,7 +46,7 @@ class Provenance:
         target, target_revision: fine-tuned model that the adapters imitate.
         backbone: which of the two gave everything but the MLPs ("target" or "base").
         fingerprint: of the model attached to; `save_pretrained` takes it when None. A trainer
-            that partitions parameters (ZeRO-3) takes it beforehand.
+            that partitions parameters (ZeRO-3) takes it where they are whole.
     """
 
     base: str | None = None

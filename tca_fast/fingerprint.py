@@ -41,6 +41,12 @@ class Fingerprint:
     rest: str
 
 
+def fingerprinted_layers(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The decoder layers whose weights a fingerprint is taken of, the first and the last."""
+    layers = decoder_parts(model).layers
+    return layers[0], layers[len(layers) - 1]
+
+
 def fingerprint(model: PreTrainedModel) -> Fingerprint:
     """Hash some rows of every weight of the first and last decoder layer.
 
@@ -49,9 +55,8 @@ def fingerprint(model: PreTrainedModel) -> Fingerprint:
     float32 release otherwise, and that hash differs). Adapters do not count. It costs
     milliseconds: at most 64 evenly spaced rows per weight are read.
     """
-    layers = decoder_parts(model).layers
     mlp, rest = hashlib.sha256(), hashlib.sha256()
-    for layer in (layers[0], layers[len(layers) - 1]):
+    for layer in fingerprinted_layers(model):
         wrapped = getattr(layer, MLP_NAME)
         frozen = wrapped.mlp if isinstance(wrapped, AdaptedMLP) else wrapped
         in_mlp = {id(parameter) for parameter in wrapped.parameters()}
@@ -89,7 +94,7 @@ def _hash_weights(digest: Any, weights: list[tuple[str, nn.Parameter]]) -> None:
         if weight.numel() == 0:
             raise UserError(
                 f"fingerprint: {name} holds no values here (partitioned by ZeRO-3?); take the "
-                "fingerprint before partitioning and pass it in Provenance"
+                "fingerprint where they are whole and pass it in Provenance"
             )
         # The experts of a layer may be one tensor, [E, D, D'].
         rows = weight.detach().flatten(0, -2) if weight.dim() > 2 else weight.detach()

@@ -68,8 +68,10 @@ def main() -> None:
         checkpointed = [f"run.output_dir={config.parent}/checkpointed{stage}", "run.save_steps=0"]
         checkpointed += ["objective.gradient_checkpointing=true", "run.eval_steps=0"]
         train(load_config(config, checkpointed), deepspeed, show_progress=False)
-    packed = [*packed_overrides(config.parent / "cache"), f"run.output_dir={config.parent}/packed2"]
-    train(load_config(config, packed), settings(config.parent, 2), show_progress=False)
+    for stage in (2, 3):
+        packed = packed_overrides(config.parent / f"cache{stage}")
+        packed.append(f"run.output_dir={config.parent}/packed{stage}")
+        train(load_config(config, packed), settings(config.parent, stage), show_progress=False)
     train_in_bfloat16(config)
     fill_disk(config)
 

@@ -1,5 +1,6 @@
 """Two CPU ranks under every ZeRO stage against one process, at equal global batch."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -85,11 +86,18 @@ def test_two_ranks_train_like_one(stages, stage):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
-def test_two_ranks_train_packed_rows_like_one(stages):
+@pytest.fixture(scope="module")
+def packed(single) -> list[dict]:
+    """Log of a run of packed rows in one process."""
+    settings = [*packed_overrides(single / "cache_alone"), f"run.output_dir={single}/packed1"]
+    train(load_config(single / "run.yaml", settings), show_progress=False)
+    return records(single / "packed1")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_ranks_train_packed_rows_like_one(stages, packed, stage):
     """Both tokenized the same file at the same time."""
-    packed = [*packed_overrides(stages / "cache_alone"), f"run.output_dir={stages}/packed1"]
-    train(load_config(stages / "run.yaml", packed), show_progress=False)
-    alone, together = records(stages / "packed1"), records(stages / "packed2")
+    alone, together = packed, records(stages / f"packed{stage}")
     assert len(alone) == len(together) == 20
     for ours, theirs in zip(together, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
@@ -117,6 +125,15 @@ def test_interrupted_ranks_resume_bitwise(stages, stage):
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == tensor).all() for name, tensor in weights[1].items())
     assert all(tensor.any() for tensor in weights[1].values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_name_the_weights_they_were_trained_beside(stages, stage):
+    marks = [
+        json.loads((stages / f"{run}/adapter/adapter_config.json").read_text())["fingerprint"]
+        for run in ("out", f"unbroken{stage}")
+    ]
+    assert marks[0] == marks[1] and marks[0]["mlp"] != marks[0]["rest"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

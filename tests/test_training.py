@@ -139,16 +139,14 @@ def test_ages_count_real_tokens_and_ignore_validation(pair, tmp_path):
 def test_dead_features_are_those_that_never_fired(pair, tmp_path):
     """With a hopeless encoder bias nothing fires, so every feature's age is the tokens seen."""
 
-    def silence(config, adapter, seed, device):
-        streams = load_streams(config, adapter, seed=seed, device=device)
+    def silence(*args, **options):
+        streams = load_streams(*args, **options)
         for layer in streams.adapted.layers:
             layer.b_enc.data.fill_(-1e6)
         return streams
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            running, "load_streams", lambda p, a, seed, device: silence(p, a, seed, device)
-        )
+        patch.setattr(running, "load_streams", silence)
         start(pair, tmp_path / "run", "run.max_steps=3", "run.dead_after_tokens=200")
     log = records(tmp_path / "run")
     dead = [record["dead_features"] for record in log]

@@ -17,6 +17,7 @@ from torch import nn
 from tca_fast import checkpoint
 from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
 from tca_fast.bridging.pair import ACCEPTABLE, check_pair, check_tokenizers
+from tca_fast.bridging.placement import Place, placed, placed_as_loaded
 from tca_fast.errors import UserError
 from tca_fast.tokenizer import load_tokenizer
 
@@ -127,7 +128,12 @@ def copy_container(module: Any) -> Any:
 
 
 def load_streams(
-    pair: PairConfig, config: AdapterConfig, *, seed: int = 0, device: str = "cpu"
+    pair: PairConfig,
+    config: AdapterConfig,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    place: Place | None = None,
 ) -> Streams:
     """Load a pair from disk or hub and assemble its streams.
 
@@ -138,6 +144,7 @@ def load_streams(
         config: shape and activation of the adapters.
         seed: of the adapters.
         device: where everything lives in the end.
+        place: is given every weight, adapters too, as soon as it is read or drawn.
 
     Raises:
         UserError: a model that cannot be read, or a pair that does not fit.
@@ -160,10 +167,11 @@ def load_streams(
     if tokenizers[0] is not None and tokenizers[1] is not None:
         check_tokenizers(tokenizers[0], tokenizers[1])
     base, target = (
-        load_model(f"pair.{role}", name, revision, pair, device)
+        load_model(f"pair.{role}", name, revision, pair, device, place)
         for role, (name, revision) in names.items()
     )
-    return build_streams(base, target, config, backbone=pair.backbone, accept=accept, seed=seed)
+    with placed(place):
+        return build_streams(base, target, config, backbone=pair.backbone, accept=accept, seed=seed)
 
 
 def load_adapted(
@@ -232,9 +240,21 @@ def load_backbone(
 
 
 def load_model(
-    field: str, name: str, revision: str | None, pair: PairConfig, device: str
+    field: str,
+    name: str,
+    revision: str | None,
+    pair: PairConfig,
+    device: str,
+    place: Place | None = None,
 ) -> PreTrainedModel:
     """Load one causal language model in the pair's dtype.
+
+    Args:
+        field: of the configuration, for errors.
+        name, revision: of the model.
+        pair: its dtype and attention implementation.
+        device: where it lives in the end.
+        place: is given every weight as soon as it is read.
 
     Raises:
         UserError: names `field` and the model that cannot be read.
@@ -244,14 +264,15 @@ def load_model(
     dtype = pair.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    model = _read(
-        field,
-        AutoModelForCausalLM,
-        name,
-        revision,
-        dtype=getattr(torch, dtype),
-        attn_implementation=pair.attn_implementation,
-    )
+    with placed_as_loaded(place):
+        model = _read(
+            field,
+            AutoModelForCausalLM,
+            name,
+            revision,
+            dtype=getattr(torch, dtype),
+            attn_implementation=pair.attn_implementation,
+        )
     return model.to(device)
 
 

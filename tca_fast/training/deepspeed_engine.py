@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -255,6 +255,18 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(self.parameters.values())):
+            yield
+
+    @contextlib.contextmanager
+    def whole(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Gather partitioned parameters (ZeRO-3)."""
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        with deepspeed.zero.GatheredParameters(parameters):
             yield
 
     @contextlib.contextmanager

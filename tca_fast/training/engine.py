@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,11 @@ class Engine(ABC):
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
         """Adapter parameters are whole and in float32 on rank 0 inside the block."""
+        yield
+
+    @contextlib.contextmanager
+    def whole(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """All parameters of some modules are whole on every rank inside the block, to be read."""
         yield
 
     def is_lost_contact(self, error: RuntimeError) -> bool:

@@ -20,7 +20,7 @@ from tca_fast.bridging.streams import Streams, load_streams, load_tokenizer
 from tca_fast.config import TrainConfig, dump_config
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
-from tca_fast.fingerprint import fingerprint
+from tca_fast.fingerprint import fingerprint, fingerprinted_layers
 from tca_fast.sparsity import FeatureAges
 from tca_fast.training.batches import StepBatch, check_lengths, encode_cached, make_step_batch
 from tca_fast.training.checkpoints import (
@@ -70,9 +70,10 @@ def train(
         _refuse_used(output_dir)
     else:
         candidates(config.run.resume_from_checkpoint, output_dir)
-    group = None
+    group = partition = None
     if deepspeed is not None:
         from tca_fast.training.deepspeed_engine import DeepSpeedEngine, DeepSpeedGroup
+        from tca_fast.training.partitioned_loading import Partition
 
         group = DeepSpeedGroup(Path(deepspeed), config, device)
         device = group.device
@@ -89,20 +90,26 @@ def train(
         num_ranks=group.num_ranks if group else 1,
         is_main=group is None or group.rank == 0,
     )
-    streams = load_streams(config.pair, config.adapter, seed=config.run.seed, device=str(device))
-    if config.run.is_packed:
-        check_packing(streams.reference)
+    if group and group.stage == 3:
+        partition = Partition(group)
+    streams = load_streams(
+        config.pair, config.adapter, seed=config.run.seed, device=str(device), place=partition
+    )
+    if partition:
+        partition.finish()
     # Cutoffs that do not fit the model are a mistake to report before the first step.
     sample_cutoffs(config.objective, streams.num_layers, seed=config.run.seed, step=0)
     for encoder in data.encoders.values():
-        encoder.vocab_size = streams.reference.get_input_embeddings().weight.shape[0]
-    provenance = _provenance(config, streams)
+        encoder.vocab_size = streams.reference.get_input_embeddings().num_embeddings
     objective = STEPS[config.objective.step](streams, config.objective)
     engine: Engine
     if group:
         engine = DeepSpeedEngine(objective, config, group)
     else:
         engine = LocalEngine(objective, config.optimizer, device)
+    if config.run.is_packed:
+        check_packing(streams.reference)
+    provenance = _provenance(config, streams, engine)
     ages = FeatureAges(streams.num_layers, config.adapter.num_features).to(device)
     progress, notes = _begin(config, engine, data, ages)
     with together(engine):
@@ -216,16 +223,17 @@ def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _provenance(config: TrainConfig, streams: Streams) -> Provenance:
-    """Names and fingerprint, taken before an engine may partition the weights."""
-    pair = config.pair
+def _provenance(config: TrainConfig, streams: Streams, engine: Engine) -> Provenance:
+    pair, model = config.pair, streams.adapted.model
+    with engine.whole(fingerprinted_layers(model)):
+        marks = fingerprint(model)
     return Provenance(
         base=pair.base,
         base_revision=pair.base_revision,
         target=pair.target,
         target_revision=pair.target_revision,
         backbone=pair.backbone,
-        fingerprint=fingerprint(streams.adapted.model),
+        fingerprint=marks,
     )
 
 
