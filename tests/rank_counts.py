@@ -1,9 +1,10 @@
 """Fifty steps on 1, 2 and 4 CPU ranks under every ZeRO stage, and every hand-over between them.
 
-    python tests/rank_counts.py OUT [--steps 50]
+    python tests/rank_counts.py OUT [--steps 50] [--packed]
 
 Writes OUT/{stage}x{ranks}/log.jsonl, and OUT/{stage}x{ranks}_resumed where the middle checkpoint of
-the run before in the list is taken over.
+the run before in the list is taken over. With --packed, one run on two ranks with a token budget is
+handed over to one and to four.
 """
 
 import argparse
@@ -20,6 +21,8 @@ STAGES = ("0", "1", "2", "2_offload", "3")
 RANKS = (1, 2, 4)
 # Neighbours differ in stage and in ranks, so that hand-overs change both.
 RUNS = [(stage, RANKS[(i + j) % 3]) for j in range(3) for i, stage in enumerate(STAGES)]
+PACKED = ("2", 2)
+PACKED_HEIRS = [("1", 1), ("2", 4)]
 
 
 def name_of(stage: str, num_ranks: int) -> str:
@@ -51,22 +54,29 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--packed", action="store_true")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     forked_ranks.preload()
-    from tiny_pair import make_pair
+    from tiny_pair import make_pair, packed_overrides
 
     assert os.waitpid(forked_ranks.fork(lambda: make_pair(out) and 0), 0)[1] == 0
-    for stage, num_ranks in tqdm(RUNS, desc="runs"):
-        train(out, stage, num_ranks, name_of(stage, num_ranks), options.steps)
-    for before, (stage, num_ranks) in tqdm(list(zip(RUNS, RUNS[1:], strict=False)), desc="resumes"):
+    if options.packed:
+        runs, hand_overs = [PACKED], [(PACKED, heir) for heir in PACKED_HEIRS]
+        # Four rows a step, of ten in an epoch: two of four ranks stand by in its last step.
+        more = [*packed_overrides(out / "cache"), "run.train_batch_tokens=640"]
+    else:
+        runs, hand_overs, more = RUNS, list(zip(RUNS, RUNS[1:], strict=False)), []
+    for stage, num_ranks in tqdm(runs, desc="runs"):
+        train(out, stage, num_ranks, name_of(stage, num_ranks), options.steps, *more)
+    for before, (stage, num_ranks) in tqdm(hand_overs, desc="resumes"):
         output = f"{name_of(stage, num_ranks)}_resumed"
         shutil.copytree(out / name_of(*before), out / output)
         shutil.rmtree(out / output / "adapter")
         checkpoint = out / output / "checkpoints" / f"step_{options.steps // 2:06d}"
         resume = f"run.resume_from_checkpoint={checkpoint}"
-        train(out, stage, num_ranks, output, options.steps, resume)
+        train(out, stage, num_ranks, output, options.steps, *more, resume)
     return 0
 
 

@@ -1,11 +1,12 @@
 """1, 2 and 4 ranks under ZeRO 0 to 3 and offload agree over fifty steps, resumed or not."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from rank_counts import RUNS, name_of
+from rank_counts import PACKED, PACKED_HEIRS, RUNS, name_of
 from tiny_pair import records
 
 STEPS = 50
@@ -16,16 +17,23 @@ BAR = 1e-5
 # switched activation is at least one in the 300 tokens of a batch.
 SWITCHED = 1 / 300
 SOONEST = 20  # steps
+PACKED_STEPS = 10
+
+pytestmark = pytest.mark.skipif(
+    not Path(sys.executable).with_name("deepspeed").exists() or not hasattr(os, "fork"),
+    reason="needs DeepSpeed and fork",
+)
 
 
-pytestmark = pytest.mark.slow
+def train(out: Path, steps: int, *options: str) -> None:
+    tool = Path(__file__).with_name("rank_counts.py")
+    subprocess.run([sys.executable, tool, out, "--steps", str(steps), *options], check=True)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
-    tool = Path(__file__).with_name("rank_counts.py")
-    subprocess.run([sys.executable, tool, out, "--steps", str(STEPS)], check=True)
+    train(out, STEPS)
     return out
 
 
@@ -35,6 +43,7 @@ def switched(ours: dict, theirs: dict) -> bool:
     return any(abs(ours[name] - theirs[name]) > SWITCHED for name in layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["", "_resumed"])
 def test_losses_agree(runs, ending):
     reference = records(runs / name_of("0", 1))
@@ -55,3 +64,22 @@ def test_losses_agree(runs, ending):
         else:
             whole += 1
     assert whole >= len(compared) // 3, "most runs part somewhere: that is no rounding"
+
+
+def test_a_packed_run_goes_on_with_fewer_and_more_ranks(tmp_path):
+    """The same rows, so the same counts to the last, and losses up to rounding."""
+    train(tmp_path, PACKED_STEPS, "--packed")
+    unbroken = records(tmp_path / name_of(*PACKED))
+    assert len(unbroken) == PACKED_STEPS < SOONEST
+    for heir in PACKED_HEIRS:
+        log = records(tmp_path / f"{name_of(*heir)}_resumed")
+        assert len(log) == PACKED_STEPS
+        for ours, theirs in zip(log, unbroken, strict=True):
+            where = (heir, ours["step"])
+            for name in ("step", "tokens_seen", "sequences_seen", "learning_rate"):
+                assert ours[name] == theirs[name], where
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=BAR), where
+        # Taken over in the middle of an epoch, and truly computed anew.
+        after = slice(PACKED_STEPS // 2, None)
+        assert log[: after.start] == unbroken[: after.start]
+        assert log[after] != unbroken[after], "bitwise equal on other ranks: was it resumed?"
