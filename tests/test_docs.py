@@ -51,8 +51,11 @@ def stand_ins(folder: Path) -> None:
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_every_block_of_the_page_runs(page, folder):
-    if any("peft" in block.code and not block.not_run for block in blocks(page)):
-        pytest.importorskip("peft", reason="pip install 'peft>=0.21'")
+    # Of kernels a submodule, because the repository has a folder of that name.
+    for module, wanted in (("peft", "peft>=0.21"), ("kernels.layer", "kernels>=0.17")):
+        imported = re.compile(rf"^from {module.partition('.')[0]} import", re.MULTILINE)
+        if any(imported.search(block.code) and not block.not_run for block in blocks(page)):
+            pytest.importorskip(module, reason=f"pip install '{wanted}'")
     if page.name == "README.md":
         stand_ins(folder)
     run_page(page, folder)
