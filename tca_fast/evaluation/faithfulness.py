@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tca_fast.attachment import residual_states
 from tca_fast.errors import UserError
-from tca_fast.losses import kl_sum, label_mask, lm_sum, nmse, squared_error_sums
+from tca_fast.losses import IGNORED_LABEL, kl_sum, label_mask, lm_sum, nmse, squared_error_sums
 from tca_fast.sparsity import record
 
 if TYPE_CHECKING:
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """Token ids, attention mask (nonzero = real) and labels (-100 = not counted), each [B, S]."""
+    """Token ids, attention mask (nonzero = real) and labels (-100 = not counted), each [B, S].
+
+    The label of a sequence's first token never counts: nothing predicts it.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -124,6 +127,9 @@ def _add_batch(sums: _Sums, model: PreTrainedModel, target: PreTrainedModel, bat
     with residual_states(model) as states, record(mask) as recorder:
         logits = _logits(model, ids, mask)
     _check_comparable(states, target_states)
+    # A first token after padding on the left is predicted from padding, elsewhere from nothing.
+    after_padding = torch.nn.functional.pad(~mask[:, :-1], (1, 0), value=True)
+    labels = labels.masked_fill(after_padding, IGNORED_LABEL)
     counted = label_mask(labels)
     agreed = logits[:, :-1].argmax(-1) == target_logits[:, :-1].argmax(-1)
     sums.kl += kl_sum(target_logits, logits, labels).item()
