@@ -9,6 +9,7 @@ import torch
 from golden_oracle import random_adapter, write_adapter
 from safetensors.torch import load_file, save_file
 from tiny import batch, tiny_qwen2
+from tiny_pair import character_tokenizer
 
 from tca_fast.errors import UserError
 from tca_fast.fingerprint import fingerprint
@@ -99,6 +100,22 @@ def test_the_imported_model_is_a_plain_qwen2(released):
     config = load_paper_checkpoint(released).model.config
     assert config.architectures == ["Qwen2ForCausalLM"]
     assert not hasattr(config, "transcoder_n_features")
+
+
+def test_generation_and_tokenizer_are_those_of_the_directory(tmp_path):
+    released, tokenizer = tmp_path / "released", character_tokenizer()
+    write(released, vocab_size=len(tokenizer))
+    path = released / "generation_config.json"
+    stops = {"do_sample": True, "temperature": 0.5, "eos_token_id": [2, 5]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | stops))
+    tokenizer.save_pretrained(released)
+    adapted = load_paper_checkpoint(released)
+    found = adapted.model.generation_config.to_dict()
+    assert {name: found[name] for name in stops} == stops
+    assert adapted.features("abc").tokens == ["<bos>", "a", "b", "c"]
+    path.write_text("{")
+    with pytest.raises(UserError, match="generation_config.json: not readable"):
+        load_paper_checkpoint(released)
 
 
 def test_the_stored_dtype_is_kept_and_the_backbones_can_be_chosen(released):

@@ -31,6 +31,7 @@ from tca_fast.formats.tensor_files import read_headers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+GENERATION_NAME = "generation_config.json"
 _SUFFIXES = {
     "W_enc": "transcoder_enc.weight",
     "b_enc": "transcoder_enc.bias",
@@ -135,7 +136,7 @@ def load_paper_checkpoint(
     """Build the Qwen2 model of a released checkpoint and attach its adapters.
 
     Every tensor of the directory is used: a backbone tensor that the model lacks, or the other
-    way round, is an error.
+    way round, is an error. What `generate` does by default is what the directory says.
 
     Args:
         directory: holds `config.json` and safetensors.
@@ -227,7 +228,7 @@ def _build_backbone(
     directory: Path, tensors: dict[str, Tensor], dtype: torch.dtype | None
 ) -> PreTrainedModel:
     """A plain Qwen2 model with exactly these tensors."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config.from_pretrained(directory)
     config.architectures = ["Qwen2ForCausalLM"]
@@ -249,4 +250,13 @@ def _build_backbone(
                 f"{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}; config.json and weights "
                 "are not of one checkpoint"
             )
+    # As `from_pretrained` of a directory leaves them: where the tokenizer is, how to generate.
+    model.name_or_path = model.config._name_or_path = str(directory)
+    if (directory / GENERATION_NAME).is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{directory / GENERATION_NAME}: not readable ({error}); copy the file again"
+            ) from None
     return model.eval()
