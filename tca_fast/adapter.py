@@ -169,11 +169,16 @@ class TranscoderAdapter(nn.Module):
         W_dec, b_dec = _cast(self.W_dec, dtype), _cast(self.b_dec, dtype)
         return ops.decode(active, W_dec, b_dec, gain=_cast(self.gain, dtype))
 
-    def set_gain(self, feature: int | Sequence[int] | None, value: float | Sequence[float]) -> None:
+    def set_gain(
+        self,
+        feature: int | Sequence[int] | Tensor | None,
+        value: float | Sequence[float] | Tensor,
+    ) -> None:
         """Multiply activations from now on; 1 leaves a feature as it is, 0 ablates it.
 
         Args:
-            feature: one feature, several, or None for all of this layer.
+            feature: one feature, several (a list, an array or a tensor), or None for all of this
+                layer.
             value: the multiplier, or one for each row of the batches to come. A call with other
                 than that number of rows is then refused.
 
@@ -181,35 +186,43 @@ class TranscoderAdapter(nn.Module):
             UserError: no such feature, a gain that is not finite, or gains for another number of
                 rows than those set before.
         """
-        num_features = self.config.num_features
-        chosen = [feature] if isinstance(feature, int) else feature
-        for index in chosen or ():
-            if not 0 <= index < num_features:
-                raise UserError(
-                    f"feature: {index} is outside 0..{num_features - 1}, the features of this layer"
-                )
-        by_row = isinstance(value, Sequence)
-        multipliers = list(value) if isinstance(value, Sequence) else [value]
-        for multiplier in multipliers:
+        columns = slice(None) if feature is None else self._checked(feature)
+        multipliers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        if multipliers.dim() > 1 or not multipliers.numel():
+            raise UserError(
+                f"gain: has shape {list(multipliers.shape)}; give a number, or one for each row of "
+                "the batches to come"
+            )
+        for multiplier in multipliers.flatten().tolist():
             if not math.isfinite(multiplier):
                 raise UserError(f"gain: {multiplier} is not finite; give a number such as 0 or 2.0")
         gain = torch.ones_like(self.b_enc, requires_grad=False) if self.gain is None else self.gain
-        if by_row and gain.dim() == 1:
+        if multipliers.dim() and gain.dim() == 1:
             gain = gain.repeat(len(multipliers), 1)
-        elif by_row and len(gain) != len(multipliers):
+        elif multipliers.dim() and len(gain) != len(multipliers):
             raise UserError(
                 f"gain: {len(multipliers)} values, but gains are set for batches of {len(gain)} "
                 "rows; clear_gains() first"
             )
         # A copy, so that gains that were saved to be restored stay what they were.
         gain = gain.clone()
-        columns: Any = slice(None) if chosen is None else list(chosen)
-        gain[..., columns] = torch.tensor(
-            multipliers if gain.dim() == 1 else [[multiplier] for multiplier in multipliers],
-            dtype=gain.dtype,
-            device=gain.device,
-        )
+        gain[..., columns] = multipliers.unsqueeze(-1).to(gain)
         self.gain = gain
+
+    def _checked(self, feature: int | Sequence[int] | Tensor) -> Tensor:
+        """Features of this layer as an index."""
+        chosen = torch.as_tensor(feature, device=self.b_enc.device).flatten()
+        if not chosen.numel():
+            return chosen.long()
+        if chosen.is_floating_point() or chosen.dtype == torch.bool:
+            raise UserError(f"feature: {chosen[0].item()} is no integer; give one, or several")
+        outside = chosen[(chosen < 0) | (chosen >= self.config.num_features)]
+        if outside.numel():
+            raise UserError(
+                f"feature: {int(outside[0])} is outside 0..{self.config.num_features - 1}, the "
+                "features of this layer"
+            )
+        return chosen.long()
 
     def clear_gain(self) -> None:
         """Set every gain back to 1."""

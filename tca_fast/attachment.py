@@ -213,14 +213,15 @@ class AdaptedModel:
     def set_gain(
         self,
         layer: int | None,
-        feature: int | Sequence[int] | None,
-        value: float | Sequence[float],
+        feature: int | Sequence[int] | Tensor | None,
+        value: float | Sequence[float] | Tensor,
     ) -> None:
         """Multiply activations in every pass from now on (1 by default, 0 ablates).
 
         Args:
             layer: of the active adapters; None is all layers.
-            feature: one, several, or None for all features of the layer.
+            feature: one, several (a list, an array or a tensor), or None for all features of the
+                layer.
             value: the multiplier, or one for each row of the batches to come.
 
         Raises:
@@ -234,7 +235,7 @@ class AdaptedModel:
     @contextmanager
     def gains(
         self,
-        values: Mapping[tuple[int | None, int | None], float | Sequence[float]],
+        values: Mapping[tuple[int | None, int | None], float | Sequence[float] | Tensor],
     ) -> Iterator[AdaptedModel]:
         """Run the block with gains, and give back those that were set before.
 

@@ -1,5 +1,6 @@
 """Several adapters on one model, gains while it generates, and tables of what fired."""
 
+import numpy
 import pytest
 import torch
 from tiny import randomise, tiny_qwen2
@@ -197,6 +198,52 @@ class TestGains:
             logits(adapted)
         with pytest.raises(UserError, match="3 values, but gains are set for batches of 2"):
             adapted.set_gain(0, 2, [0.5, 1.0, 1.0])
+
+    @pytest.mark.parametrize(
+        "feature",
+        [
+            numpy.int64(3),
+            torch.tensor(3),
+            [3, 5],
+            (3, 5),
+            numpy.array([3, 5]),
+            torch.tensor([3, 5]),
+        ],
+        ids=lambda feature: type(feature).__name__,
+    )
+    @pytest.mark.parametrize("values", [0.5, [0.5, 2.0]])
+    def test_features_and_gains_may_be_arrays(self, adapted, feature, values):
+        layer = adapted.layers[1]
+        shape = (19,) if isinstance(values, float) else (2, 19)
+        expected = torch.ones(shape)
+        for index in [3] if numpy.ndim(feature) == 0 else [3, 5]:
+            expected[..., index] = torch.tensor(values)
+        for value in (values, numpy.array(values), torch.tensor(values)):
+            adapted.clear_gains()
+            adapted.set_gain(1, feature, value)
+            assert torch.equal(layer.gain, expected)
+
+    @pytest.mark.parametrize(
+        ("feature", "value", "message"),
+        [
+            (torch.tensor([3, 19]), 0.0, "feature: 19 is outside 0..18"),
+            (numpy.array([-1]), 0.0, "feature: -1 is outside 0..18"),
+            (True, 0.0, "feature: True is no integer"),
+            (3.0, 0.0, "feature: 3.0 is no integer"),
+            (3, [], r"gain: has shape \[0\]; give a number"),
+            (3, torch.ones(2, 2), r"gain: has shape \[2, 2\]; give a number"),
+            (3, numpy.array([1.0, numpy.inf]), "gain: inf is not finite"),
+        ],
+    )
+    def test_what_is_no_feature_or_gain_is_refused(self, adapted, feature, value, message):
+        with pytest.raises(UserError, match=message):
+            adapted.set_gain(1, feature, value)
+        assert adapted.layers[1].gain is None
+
+    def test_no_feature_changes_nothing(self, adapted):
+        before = logits(adapted)
+        adapted.set_gain(1, [], 0.0)
+        assert torch.equal(logits(adapted), before)
 
 
 def test_passes_without_a_backward_are_not_observed(adapted):
