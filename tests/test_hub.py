@@ -161,6 +161,17 @@ def test_models_in_directories_are_named_for_others_or_refused(hub, tmp_path):
         assert str(tmp_path).encode() not in data, name
 
 
+def test_a_revision_does_not_follow_a_model_to_another_name(hub, tmp_path):
+    names = Provenance("org/base", "v1", "org/target", "v2", "target")
+    make_adapted().save_pretrained(tmp_path / "ours", names)
+    tca_fast.push(tmp_path / "ours", "org/ours", target="org/renamed")
+    pulled = tca_fast.pull("org/ours", tmp_path / "pulled")
+    origin = read_adapter_config(pulled).provenance
+    assert (origin.base, origin.base_revision) == ("org/base", "v1")
+    assert (origin.target, origin.target_revision) == ("org/renamed", None)
+    assert "revision v2" not in (pulled / "README.md").read_text()
+
+
 class TestMistakes:
     def one_line(self, caught):
         assert "\n" not in str(caught.value)

@@ -130,8 +130,12 @@ def _adapter_and_run(directory: Path) -> tuple[Path, Path | None]:
 
 def _with_names(info: CheckpointInfo, base: str | None, target: str | None) -> CheckpointInfo:
     """The configuration with models that others can find."""
-    origin = info.provenance
-    provenance = replace(origin, base=base or origin.base, target=target or origin.target)
+    provenance = info.provenance
+    # A revision belongs to the repository it was given for.
+    if base is not None:
+        provenance = replace(provenance, base=base, base_revision=None)
+    if target is not None:
+        provenance = replace(provenance, target=target, target_revision=None)
     for role, name in (("base", provenance.base), ("target", provenance.target)):
         if name is not None and (Path(name).is_absolute() or Path(name).exists()):
             raise UserError(
