@@ -92,6 +92,17 @@ def test_config(tmp_path, backbone):
     assert files == {"config.json", "generation_config.json", "model.safetensors"}
 
 
+@pytest.mark.parametrize("backbone", ["target", "base"])
+def test_the_tokenizer_is_the_targets(tmp_path, backbone):
+    trained(tmp_path, backbone)
+    for model in ("base", "target"):
+        (tmp_path / model / "tokenizer.json").write_text(model)
+        (tmp_path / model / "generation_config.json").write_text(model)
+    directory = convert(tmp_path / "ours", tmp_path / "paper", "paper")
+    assert (directory / "tokenizer.json").read_text() == "target"
+    assert (directory / "generation_config.json").read_text() == backbone
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("decoder_bias", [True, False])
 def test_there_and_back_is_bit_exact(tmp_path, dtype, decoder_bias):

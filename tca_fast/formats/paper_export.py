@@ -1,8 +1,9 @@
 """Adapters and their backbone as one checkpoint of the kind released with the paper.
 
 Such a checkpoint is a whole Qwen2 model (see `formats.paper`), so the two models the adapters were
-trained on must be at hand: the backbone gives everything but the MLPs, the base gives the MLPs
-(contract §2.1). The authors' code reads the directory as one of its own.
+trained on must be at hand: the backbone gives everything but the MLPs, the base gives the MLPs, and
+the tokenizer is the target's, by which they were trained (contract §2.1, §2.3). The authors' code
+reads the directory as one of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from tca_fast.adapter_config import Provenance
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import AdapterSet, Export, Placement
-from tca_fast.formats.paper import is_adapter_tensor, tensor_name
+from tca_fast.formats.paper import GENERATION_NAME, is_adapter_tensor, tensor_name
 from tca_fast.formats.qwen2 import qwen2_fingerprint
 from tca_fast.formats.shards import INDEX_NAME, WEIGHTS_NAME, weight_files
 from tca_fast.formats.tensor_files import Entry, Header, read_headers, read_tensor
@@ -26,8 +27,7 @@ from tca_fast.formats.tensor_files import Entry, Header, read_headers, read_tens
 _SHARD_BYTES = 5 * 10**9
 _NOTHING = Header((-1,), "")
 _MLP = re.compile(r"model\.layers\.\d+\.mlp\..+")
-_COPIED = (
-    "generation_config.json",
+_TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -75,7 +75,8 @@ def export(adapters: AdapterSet) -> Export:
         "transcoder_n_features": info.adapter.num_features,
         "transcoder_dec_bias": info.adapter.decoder_bias,
     }
-    return _export(adapters, files, headers, config, backbone)
+    copied = {GENERATION_NAME: backbone} | dict.fromkeys(_TOKENIZER, target)
+    return _export(adapters, files, headers, config, backbone, copied)
 
 
 def _export(
@@ -84,6 +85,7 @@ def _export(
     headers: Mapping[str, Header],
     config: Mapping[str, Any],
     backbone: Path,
+    copied: Mapping[str, Path],
 ) -> Export:
     def keys(layer: int) -> dict[str, str]:
         return {name: tensor_name(layer, name) for name in adapters.shapes()}
@@ -102,7 +104,9 @@ def _export(
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": shards}
         texts[INDEX_NAME] = (json.dumps(index, indent=2) + "\n").encode()
     texts |= {
-        name: (backbone / name).read_bytes() for name in _COPIED if (backbone / name).is_file()
+        name: (directory / name).read_bytes()
+        for name, directory in copied.items()
+        if (directory / name).is_file()
     }
     return Export(
         lambda layer: [
@@ -197,7 +201,13 @@ def _model_directory(role: str, provenance: Provenance) -> Path:
             snapshot_download(
                 name,
                 revision=getattr(provenance, f"{role}_revision"),
-                allow_patterns=["config.json", "*.safetensors", INDEX_NAME, *_COPIED],
+                allow_patterns=[
+                    "config.json",
+                    "*.safetensors",
+                    INDEX_NAME,
+                    GENERATION_NAME,
+                    *_TOKENIZER,
+                ],
             )
         )
     except Exception as error:
