@@ -132,10 +132,16 @@ def edit_record(directory, **changes):
         (lambda d: edit(d, tca_fast={"base": 3}), "record of tca_fast does not fit"),
         (lambda d: edit_record(d, backbone="head"), "record of tca_fast .*backbone 'head'"),
         (lambda d: edit_record(d, layers_name=3), "record of tca_fast .*layers_name 3"),
+        (lambda d: edit_record(d, base=3), "record of tca_fast .*base 3"),
+        (lambda d: edit_record(d, decoder_bias="no"), "record of tca_fast .*decoder_bias 'no'"),
         (lambda d: edit_record(d, decoder_bias=False), "b_dec is not zero"),
         (lambda d: (d / "layer_1.safetensors").unlink(), r"lacks layer_1\.safetensors"),
         (lambda d: [p.unlink() for p in d.glob("*.safetensors")], r"lacks layer_0\.safetensors"),
         (lambda d: change(d, lambda t: t.pop("b_enc")), "lacks b_enc"),
+        (
+            lambda d: change(d, lambda t: t.update(b_dec=torch.tensor(1.0))),
+            r"b_dec is of shape \[\]",
+        ),
         (lambda d: change(d, lambda t: t.update(W_skip=torch.ones(1))), "a skip connection"),
         (
             lambda d: change(

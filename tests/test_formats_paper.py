@@ -180,6 +180,8 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
         (lambda d: edit(d, transcoder_n_features=8), r"\[7, 24\].*calls for \[8, 24\], and 8 more"),
         (lambda d: edit(d, transcoder_dec_bias=False), "dec.bias.*calls for no such tensor"),
         (lambda d: edit(d, num_hidden_layers=4), "layers.3.*missing, config.json calls for"),
+        (lambda d: edit(d, num_hidden_layers="3"), "num_hidden_layers is '3', not a number"),
+        (lambda d: edit(d, hidden_size=None), "hidden_size is None, not a number"),
         (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda d: os.truncate(d / "model.safetensors", 900), "not a whole safetensors file"),
         (lambda d: change(d, lambda t: t.pop(ENCODER)), "transcoder_enc.weight has shape missing"),
@@ -196,6 +198,10 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
         ),
         (
             lambda d: (shard(d), (d / "model.safetensors.index.json").write_text("{}")),
+            "index.json: not a weight index",
+        ),
+        (
+            lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"x": 5}}'),
             "index.json: not a weight index",
         ),
         (
@@ -224,6 +230,7 @@ def test_what_does_not_fit_is_one_line_that_names_it(released, spoil, message):
         (lambda d: edit(d, num_hidden_layers=4), "layers.3.*is in none of the files"),
         (lambda d: change(d, lambda t: t.pop(ENCODER)), "transcoder_enc.weight is missing"),
         (lambda d: change(d, lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "in none of"),
+        (lambda d: change(d, lambda t: t.clear()), "in none of"),
         (lambda d: os.truncate(d / "model.safetensors", 900), "not a whole safetensors file"),
     ],
 )

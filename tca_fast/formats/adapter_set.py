@@ -210,6 +210,11 @@ def read_origin(record: Any, where: str) -> Origin:
         provenance = Provenance(**names, fingerprint=mark)
         if provenance.backbone not in ("base", "target") or not isinstance(layers_name, str):
             raise ValueError(f"backbone {provenance.backbone!r}, layers_name {layers_name!r}")
+        for field in ("base", "base_revision", "target", "target_revision"):
+            if not isinstance(name := getattr(provenance, field), str | None):
+                raise ValueError(f"{field} {name!r}")
+        if not isinstance(decoder_bias, bool):
+            raise ValueError(f"decoder_bias {decoder_bias!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{where}: the record of tca_fast does not fit ({error}); remove it to read without"

@@ -65,6 +65,12 @@ def read(directory: Path) -> AdapterSet:
             raise UserError(f"{first}: has {key}, {what}, which an adapter has no place for")
     if missing := [name for name in _NAMES if name not in headers]:
         raise UserError(f"{first}: lacks {missing[0]}; give a set that circuit-tracer reads")
+    for bias in ("b_enc", "b_dec"):
+        if len(headers[bias].shape) != 1:
+            raise UserError(
+                f"{first}: {bias} is of shape {list(headers[bias].shape)}, expected one dimension; "
+                "give a set that circuit-tracer reads"
+            )
     origin, notes = _origin(config, directory)
     if not origin.decoder_bias:
         check_no_decoder_bias(

@@ -25,7 +25,7 @@ from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import AdapterSet, Placement, open_adapters
 from tca_fast.formats.qwen2 import qwen2_fingerprint
-from tca_fast.formats.shards import read_tensors, weight_files
+from tca_fast.formats.shards import WEIGHTS_NAME, read_tensors, weight_files
 from tca_fast.formats.tensor_files import read_headers
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def read(directory: Path) -> AdapterSet:
     files = {key: path for path in weight_files(directory) for key in read_headers(path)}
     adapter = _adapter_config(raw)
     names = [name for name in _SUFFIXES if name != "b_dec" or adapter.decoder_bias]
-    somewhere = next(iter(files.values()))
+    somewhere = next(iter(files.values()), directory / WEIGHTS_NAME)
     expected = {
         tensor_name(layer, name) for layer in range(raw["num_hidden_layers"]) for name in names
     }
@@ -179,6 +179,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
             if (directory / "adapter_config.json").exists():
                 remedy = "this is a tca_fast adapter, use tca_fast.load"
             raise UserError(f"{path}: {key} is {config.get(key)!r}; {remedy}")
+    for key in ("num_hidden_layers", "hidden_size"):
+        if not isinstance(config.get(key), int):
+            raise UserError(
+                f"{path}: {key} is {config.get(key)!r}, not a number; copy the file again"
+            )
     return config
 
 

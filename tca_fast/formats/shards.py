@@ -24,12 +24,13 @@ def weight_files(directory: Path) -> dict[Path, set[str] | None]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
+            # The name alone: a path could lead out of the directory.
+            paths = {name: directory / Path(name).name for name in sorted(set(weight_map.values()))}
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index}: not a weight index ({error}); copy it again") from None
         return {
-            directory / Path(name).name: {key for key, file in weight_map.items() if file == name}
-            for name in names
+            path: {key for key, file in weight_map.items() if file == name}
+            for name, path in paths.items()
         }
     if not (directory / WEIGHTS_NAME).is_file():
         raise UserError(
