@@ -22,6 +22,9 @@ from tca_fast.training.data import Encoded
 
 # Rows filled at least so far are as good as full: dealt to ranks together, none waits for long.
 _FULL = 0.98
+# Tokens of a sequence whose attention costs as much as all the rest, about: parameters / (layers *
+# width) of a 7B model. It only orders the rows of a step, so other models need no other.
+_ATTENTION_EQUALS_REST = 70_000
 
 
 def seed_from(*parts: object) -> int:
@@ -73,11 +76,11 @@ def deal(groups: list[list[int]], rank: int, num_ranks: int) -> list[tuple[list[
     """Deal micro-batches to ranks like cards: micro-batch j goes to rank `j % num_ranks`.
 
     The set of micro-batches is the same at any number of ranks. Every rank gets as many: where
-    the cards run out it repeats the first one with weight 0, because the collectives inside a
+    the cards run out it repeats the last one with weight 0, because the collectives inside a
     forward and backward (ZeRO) need every rank.
     """
     cards = [(group, 1.0) for group in groups]
-    cards += [(groups[0], 0.0)] * (-len(cards) % num_ranks)
+    cards += [(groups[-1], 0.0)] * (-len(cards) % num_ranks)
     return cards[rank::num_ranks]
 
 
@@ -132,7 +135,8 @@ class PackedPlan(Plan):
     """Steps of a number of tokens: sequences side by side in rows of limited length.
 
     Every epoch packs all its sequences anew. Rows come in random order; only those that could not
-    be filled are put into steps with their like, so that no rank waits for another.
+    be filled are put into steps with their like. Within a step the costliest row comes first, so
+    that the rows which ranks run at the same time are alike and none waits long for another.
 
     Attributes:
         lengths: tokens of every sequence.
@@ -206,12 +210,19 @@ class PackedPlan(Plan):
         rows.sort(key=lambda row: -min(full, sum(self.lengths[index] for index in row)))
         size = self.rows_per_step
         steps = [rows[start : start + size] for start in range(0, len(rows), size)]
+        for step in steps:
+            step.sort(key=self._cost, reverse=True)
         # The last step may be smaller and stays last.
         whole = len(rows) // size
         return [
             *(steps[place] for place in _permutation(whole, "steps", self.seed, epoch)),
             *steps[whole:],
         ]
+
+    def _cost(self, row: list[int]) -> float:
+        """Of a row's forward and backward, in tokens of a short sequence."""
+        lengths = (self.lengths[index] for index in row)
+        return sum(length + length**2 / _ATTENTION_EQUALS_REST for length in lengths)
 
 
 def pack(order: Iterable[int], lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
