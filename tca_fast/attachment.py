@@ -248,8 +248,12 @@ class AdaptedModel:
         layers = self.layers
         before = [adapter.gain for adapter in layers]
         try:
-            for (layer, feature), value in values.items():
-                self.set_gain(layer, feature, value)
+            for place, value in values.items():
+                if not (isinstance(place, tuple) and len(place) == 2):
+                    raise UserError(
+                        f"gains: {place!r} is no pair of layer and feature; write {{(3, 17): 0.0}}"
+                    )
+                self.set_gain(*place, value)
             yield self
         finally:
             for adapter, gain in zip(layers, before, strict=True):
@@ -319,8 +323,8 @@ def attach(
         dtype: of the adapters' parameters.
 
     Raises:
-        UserError: adapters are already attached, the structure is not supported, or MLPs are
-            offloaded.
+        UserError: adapters are already attached, the structure is not supported, MLPs are
+            offloaded, or `config` is not an AdapterConfig.
     """
     parts = decoder_parts(model)
     if any(isinstance(module, AdaptedMLP) for module in model.modules()):
@@ -355,10 +359,14 @@ def _fresh_adapters(
     dtype: torch.dtype,
 ) -> NamedAdapters:
     """An adapter for every MLP, on its device."""
-    if config is None:
-        from tca_fast.config import AdapterConfig
+    from tca_fast.config import AdapterConfig
 
-        config = AdapterConfig()
+    config = AdapterConfig() if config is None else config
+    if not isinstance(config, AdapterConfig):
+        raise UserError(
+            f"config: {type(config).__name__} is no configuration; pass "
+            "tca_fast.AdapterConfig(num_features=…)"
+        )
     generator = torch.Generator().manual_seed(seed)
     adapters = NamedAdapters(config, [])
     for mlp in mlps:

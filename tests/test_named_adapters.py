@@ -192,6 +192,16 @@ class TestGains:
             pass
         assert torch.equal(logits(adapted), before)
 
+    @pytest.mark.parametrize("place", [7, "37", (1, 2, 3)])
+    def test_a_place_that_is_no_pair_is_refused(self, adapted, place):
+        before = logits(adapted)
+        with (
+            pytest.raises(UserError, match=r"is no pair of layer and feature; write \{\(3, 17\)"),
+            adapted.gains({(0, None): 0.0, place: 0.0}),
+        ):
+            pass
+        assert torch.equal(logits(adapted), before)
+
     def test_another_number_of_rows_is_refused(self, adapted):
         adapted.set_gain(0, 2, [0.5, 1.0])
         with pytest.raises(UserError, match="batches of 2 rows"):

@@ -160,6 +160,16 @@ def test_attaching(mistake):
     assert "\n" not in str(caught.value)
 
 
+def test_a_number_in_the_configurations_place():
+    message = "config: int is no configuration; pass tca_fast.AdapterConfig"
+    with pytest.raises(UserError, match=message):
+        tca_fast.attach(model := tiny_qwen2(), 8192)
+    adapted = tca_fast.attach(model, tca_fast.AdapterConfig(num_features=2))
+    with pytest.raises(UserError, match=message):
+        adapted.add("other", 8192)
+    assert adapted.names == ["default"]
+
+
 def test_offloaded_mlps():
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(tiny_qwen2(), execution_device="cpu")
