@@ -93,7 +93,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt pip setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[deepspeed,triton,docs,test]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[deepspeed,triton,kernels,docs,test]"
 	touch $@
 
 clean:
