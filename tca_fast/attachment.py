@@ -324,7 +324,7 @@ def attach(
 
     Raises:
         UserError: adapters are already attached, the structure is not supported, MLPs are
-            offloaded, or `config` is not an AdapterConfig.
+            offloaded, or `config` is no configuration of adapters.
     """
     parts = decoder_parts(model)
     if any(isinstance(module, AdaptedMLP) for module in model.modules()):
@@ -359,10 +359,12 @@ def _fresh_adapters(
     dtype: torch.dtype,
 ) -> NamedAdapters:
     """An adapter for every MLP, on its device."""
-    from tca_fast.config import AdapterConfig
+    if config is None:
+        from tca_fast.config import AdapterConfig
 
-    config = AdapterConfig() if config is None else config
-    if not isinstance(config, AdapterConfig):
+        config = AdapterConfig()
+    # By its field and not its class, which needs pydantic: a machine without it has a stand-in.
+    if not hasattr(config, "num_features"):
         raise UserError(
             f"config: {type(config).__name__} is no configuration; pass "
             "tca_fast.AdapterConfig(num_features=…)"
