@@ -41,7 +41,8 @@ inline Tensor product(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(a), torch::stable::detail::from(b),
       torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  // Not its STABLE_ namesake, which torch 2.11 lacks.
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -25,7 +25,8 @@ class Device {
     STD_TORCH_CHECK(
         aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    // Not its STABLE_ namesake, which torch 2.11 lacks.
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
@@ -128,7 +129,7 @@ inline void linear(
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(a), torch::stable::detail::from(b),
       torch::stable::detail::from(bias), torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linear", "out", stack.data(), TORCH_ABI_VERSION));
   static_cast<void>(torch::stable::detail::to<Tensor>(stack[0]));
 }
