@@ -187,7 +187,7 @@ class TranscoderAdapter(nn.Module):
                 rows than those set before.
         """
         columns = slice(None) if feature is None else self._checked(feature)
-        multipliers = torch.as_tensor(value, dtype=torch.float64, device="cpu")
+        multipliers = _numbers("gain", value, torch.float64).cpu()
         if multipliers.dim() > 1 or not multipliers.numel():
             raise UserError(
                 f"gain: has shape {list(multipliers.shape)}; give a number, or one for each row of "
@@ -211,7 +211,7 @@ class TranscoderAdapter(nn.Module):
 
     def _checked(self, feature: int | Sequence[int] | Tensor) -> Tensor:
         """Features of this layer as an index."""
-        chosen = torch.as_tensor(feature, device=self.b_enc.device).flatten()
+        chosen = _numbers("feature", feature).to(self.b_enc.device).flatten()
         if not chosen.numel():
             return chosen.long()
         if chosen.is_floating_point() or chosen.dtype == torch.bool:
@@ -233,6 +233,14 @@ class TranscoderAdapter(nn.Module):
         kept = "relu" if self.config.k is None else f"topk(k={self.config.k})"
         features = self.config.num_features
         return f"width={self.width}, num_features={features}, activation={kept}"
+
+
+def _numbers(name: str, given: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A number or several, as callers write them, as a tensor."""
+    try:
+        return torch.as_tensor(given, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name}: {given!r} is no number; give one, or several") from None
 
 
 @overload
