@@ -84,6 +84,10 @@ class Ranks:
         self.statuses: dict[int, int] = {}
         self._failed_at: float | None = None
         self._is_told = False
+        # Emptied here and not by the ranks, which may be slow to begin: what an earlier start said
+        # in the same place is not theirs.
+        for output in self.outputs:
+            output.write_bytes(b"")
         for rank, output in enumerate(self.outputs):
             group = self.pids[0] if self.pids else 0
             pid = fork(_run, rank, num_ranks, port, arguments, output=output, group=group)

@@ -21,6 +21,8 @@ STAGES = ("0", "1", "2", "2_offload", "3")
 RANKS = (1, 2, 4)
 # Neighbours differ in stage and in ranks, so that hand-overs change both.
 RUNS = [(stage, RANKS[(i + j) % 3]) for j in range(3) for i, stage in enumerate(STAGES)]
+# In batches of 4 they leave a last one of 2 in every epoch, so two of four ranks stand by there.
+NUM_SEQUENCES = 86
 PACKED = ("2", 2)
 PACKED_HEIRS = [("1", 1), ("2", 4)]
 
@@ -61,7 +63,9 @@ def main() -> int:
     forked_ranks.preload()
     from tiny_pair import make_pair, packed_overrides
 
-    assert os.waitpid(forked_ranks.fork(lambda: make_pair(out) and 0), 0)[1] == 0
+    num_sequences = 22 if options.packed else NUM_SEQUENCES
+    written = forked_ranks.fork(lambda: make_pair(out, num_sequences) and 0)
+    assert os.waitpid(written, 0)[1] == 0
     if options.packed:
         runs, hand_overs = [PACKED], [(PACKED, heir) for heir in PACKED_HEIRS]
         # Four rows a step, of ten in an epoch: two of four ranks stand by in its last step.

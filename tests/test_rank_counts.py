@@ -10,13 +10,10 @@ from rank_counts import PACKED, PACKED_HEIRS, RUNS, name_of
 from tiny_pair import records
 
 STEPS = 50
+# Runs round their sums in different orders. A pre-activation that is zero up to rounding may then
+# change sign in one run alone, which is no mistake of either and moved losses by 1.5e-5 in one of
+# 21 settings that were tried (docs/failure_drill.md); the others stayed within 3e-7, as this does.
 BAR = 1e-5
-# Sums in another order round otherwise, and now and then a pre-activation that is zero up to it
-# changes sign. Nothing is wrong with either run then, but an activation that one has and the other
-# has not gets a gradient in one only, and their ways part. So runs are compared up to there; a
-# switched activation is at least one in the 300 tokens of a batch.
-SWITCHED = 1 / 300
-SOONEST = 20  # steps
 PACKED_STEPS = 10
 
 pytestmark = pytest.mark.skipif(
@@ -37,40 +34,26 @@ def runs(tmp_path_factory) -> Path:
     return out
 
 
-def switched(ours: dict, theirs: dict) -> bool:
-    """Whether a feature fired for a token in one run alone."""
-    layers = [name for name in ours if name.startswith("l0/layer_")]
-    return any(abs(ours[name] - theirs[name]) > SWITCHED for name in layers)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ending", ["", "_resumed"])
 def test_losses_agree(runs, ending):
     reference = records(runs / name_of("0", 1))
     assert len(reference) == STEPS and reference[-1]["loss"] < 0.9 * reference[0]["loss"]
-    whole = 0
-    compared = RUNS[1:]
-    for stage, num_ranks in compared:
+    for stage, num_ranks in RUNS[1:]:
         log = records(runs / f"{name_of(stage, num_ranks)}{ending}")
         assert len(log) == STEPS
         for ours, theirs in zip(log, reference, strict=True):
             where = (stage, num_ranks, ours["step"])
             for name in ("tokens_seen", "sequences_seen", "learning_rate"):
                 assert ours[name] == theirs[name], where
-            if switched(ours, theirs):
-                assert ours["step"] > SOONEST, where
-                break
             assert ours["loss"] == pytest.approx(theirs["loss"], abs=BAR), where
-        else:
-            whole += 1
-    assert whole >= len(compared) // 3, "most runs part somewhere: that is no rounding"
 
 
 def test_a_packed_run_goes_on_with_fewer_and_more_ranks(tmp_path):
     """The same rows, so the same counts to the last, and losses up to rounding."""
     train(tmp_path, PACKED_STEPS, "--packed")
     unbroken = records(tmp_path / name_of(*PACKED))
-    assert len(unbroken) == PACKED_STEPS < SOONEST
+    assert len(unbroken) == PACKED_STEPS
     for heir in PACKED_HEIRS:
         log = records(tmp_path / f"{name_of(*heir)}_resumed")
         assert len(log) == PACKED_STEPS
