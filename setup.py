@@ -113,6 +113,7 @@ def cpu_extension() -> list:
                 "csrc/operators.h",
                 "csrc/cpu/activation.h",
                 "csrc/cpu/arguments.h",
+                "csrc/cpu/decode.h",
                 "csrc/cpu/dense.h",
                 "csrc/cpu/kernels.h",
                 "csrc/cpu/packed.h",

@@ -47,7 +47,8 @@ def measure(case: Case, rounds: int, clock: Callable[[], float] = time.perf_coun
     """Time one decode step of a case, whatever its number of tokens."""
     tensors = layer_inputs(case)
     adapter = _adapter(case, tensors)
-    x, mlp_out = tensors["x"], torch.zeros_like(tensors["x"])
+    # [tokens, 1, 1, D]: every token as a decode step of a batch of one has it.
+    x, mlp_out = (t[:, None, None] for t in (tensors["x"], torch.zeros_like(tensors["x"])))
     evicted = torch.empty(_EVICTED_BYTES, dtype=torch.uint8)
 
     def milliseconds(call: Callable[[], object]) -> float:
@@ -58,10 +59,10 @@ def measure(case: Case, rounds: int, clock: Callable[[], float] = time.perf_coun
 
     layers: list[float] = []
     products: list[float] = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for number in range(-3, rounds):
             token = number % len(x)
-            one, out = x[token : token + 1], mlp_out[token : token + 1]
+            one, out = x[token], mlp_out[token]
             calls = [
                 (layers, lambda one=one, out=out: adapter(one, out)),
                 (products, lambda one=one: nn.functional.linear(one, adapter.W_enc)),

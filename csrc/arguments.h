@@ -90,6 +90,16 @@ struct DecoderArguments {
   }
 };
 
+// The output of the MLP, [..., D] with as many rows as there are tokens, made contiguous.
+inline Tensor checked_mlp_out(
+    const Tensor& mlp_out, int64_t num_tokens, int64_t D, ScalarType dtype) {
+  const auto sizes = mlp_out.sizes();
+  STD_TORCH_CHECK(
+      !sizes.empty() && sizes.back() == D && mlp_out.numel() == num_tokens * D, "mlp_out: shape ",
+      shape_of(mlp_out), ", expected [..., ", D, "] with ", num_tokens, " rows");
+  return checked_kind("mlp_out", mlp_out, dtype);
+}
+
 // What the adapter's pass and its backward have in common.
 struct AdapterArguments : EncoderArguments {
   Tensor b_enc, W_dec;

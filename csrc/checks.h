@@ -51,8 +51,21 @@ inline std::string shape_of(std::initializer_list<int64_t> shape) {
   return text + "]";
 }
 
-// The tensor as one of the library's device and of the given shape, made contiguous. Whatever costs
-// more than a comparison waits until it is needed: in generation these checks are a visible share.
+// The tensor as one of the library's device and of the given dtype, made contiguous.
+inline Tensor checked_kind(
+    const char* name, const Tensor& tensor, torch::headeronly::ScalarType dtype) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == dtype, name, ": dtype ",
+      torch::headeronly::toString(tensor.scalar_type()), ", expected ",
+      torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(
+      tensor.device().type() == torch::headeronly::DeviceType::TCA_FAST_DEVICE, name,
+      ": is not on the ", kDevice);
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// As `checked_kind`, of the given shape. Whatever costs more than a comparison waits until it is
+// needed: in generation these checks are a visible share.
 inline Tensor checked(
     const char* name,
     const Tensor& tensor,
@@ -62,13 +75,7 @@ inline Tensor checked(
   STD_TORCH_CHECK(
       std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), name, ": shape ",
       shape_of(tensor), ", expected ", shape_of(shape));
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == dtype, name, ": dtype ", torch::headeronly::toString(tensor.scalar_type()),
-      ", expected ", torch::headeronly::toString(dtype));
-  STD_TORCH_CHECK(
-      tensor.device().type() == torch::headeronly::DeviceType::TCA_FAST_DEVICE, name,
-      ": is not on the ", kDevice);
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return checked_kind(name, tensor, dtype);
 }
 
 inline std::optional<Tensor> checked(

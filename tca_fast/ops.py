@@ -198,8 +198,9 @@ def adapter(
     """
     num_features, width = W_enc.shape[0], W_enc.shape[-1]
     x_TD = _tokens("x", x, width)
-    mlp_out_TD = _tokens("mlp_out", mlp_out, width)
-    _check("mlp_out", mlp_out_TD, x_TD.shape, x_TD)
+    if mlp_out.shape[-1:] != (width,) or mlp_out.numel() != x_TD.numel():
+        raise UserError(f"mlp_out: shape {tuple(mlp_out.shape)}, expected {tuple(x.shape)}")
+    _check("mlp_out", mlp_out, mlp_out.shape, x_TD)
     _check_encoder(x_TD, W_enc, b_enc, k)
     _check("W_dec", W_dec, (num_features, width), x_TD)
     _check("b_dec", b_dec, (width,), x_TD)
@@ -211,10 +212,10 @@ def adapter(
                 f"torch.bool of shape {tuple(x.shape[:-1])}, one entry for each token of x"
             )
         token_mask = token_mask.flatten()
-    y_TD, l1, l0_T, fired_F, row_ptr, *_ = call(
+    y, l1, l0_T, fired_F, row_ptr, *_ = call(
         "adapter",
         x_TD,
-        mlp_out_TD,
+        mlp_out,
         W_enc,
         b_enc,
         W_dec,
@@ -224,17 +225,23 @@ def adapter(
         k,
         _capacity(x_TD, num_features, k, expected_density),
     )
-    return AdapterOutput(y_TD.view(mlp_out.shape), l1, l0_T, fired_F, row_ptr)
+    return AdapterOutput(y, l1, l0_T, fired_F, row_ptr)
 
 
 def _capacity(
     x_TD: Tensor, num_features: int, k: int | None, expected_density: float | None
 ) -> int:
-    """Active features to reserve room for: twice what is expected, or all when that is less."""
+    """Active features to reserve room for: twice what is expected, or all when that is less.
+
+    On a CPU, which counts them first, none where there will be no backward to keep them for.
+    """
+    is_cpu = x_TD.device.type == "cpu"
+    if is_cpu and not torch.is_grad_enabled() and (expected_density or 0) <= _CPU_DENSE_SHARE:
+        return 0
     num_tokens, width = x_TD.shape
     if k is not None:
         return num_tokens * k
-    if x_TD.device.type == "cpu":
+    if is_cpu:
         density, most = _DEFAULT_DENSITY["cpu"], _CPU_DENSE_SHARE
     else:
         density, most = (

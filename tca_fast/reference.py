@@ -128,7 +128,7 @@ def decode_backward(
 
 def adapter(
     x_TD: Tensor,
-    mlp_out_TD: Tensor,
+    mlp_out: Tensor,
     W_enc_FD: Tensor,
     b_enc_F: Tensor,
     W_dec_FD: Tensor,
@@ -141,7 +141,7 @@ def adapter(
     """The whole adapter branch and its statistics in one pass (contract §1.1, §1.4, §1.5).
 
     Returns:
-        y [T, D] = mlp_out + decode(encode(x)), rounded once;
+        y [..., D] = mlp_out + decode(encode(x)), the shape of `mlp_out`, rounded once;
         l1 [], Σ over real tokens of Σ_f a_tf·‖W_dec[f]‖, not multiplied by the gain;
         l0 int32 [T], active features of each real token, 0 for masked ones;
         fired bool [F], features active in some real token;
@@ -153,7 +153,8 @@ def adapter(
     packed = pack(stored_TF, 0 if keeps_dense(stored_TF.numel(), capacity) else capacity)
     if keeps_dense(stored_TF.numel(), capacity):
         packed = packed[0], packed[1], stored_TF.flatten()
-    y_TD = mlp_out_TD.to(dtype) + _decode(features_TF, W_dec_FD, b_dec_D, gain_F)
+    added_TD = _decode(features_TF, W_dec_FD, b_dec_D, gain_F)
+    y = mlp_out.to(dtype) + added_TD.view(mlp_out.shape)
     norm_F = W_dec_FD.to(dtype).norm(dim=1)
     active_TF = stored_TF != 0
     l1_T = features_TF @ norm_F
@@ -161,7 +162,7 @@ def adapter(
         l1_T = torch.where(token_mask_T, l1_T, 0.0)
         active_TF = active_TF & token_mask_T.unsqueeze(1)
     return (
-        y_TD.to(x_TD.dtype),
+        y.to(x_TD.dtype),
         l1_T.sum(),
         active_TF.sum(1, dtype=torch.int32),
         active_TF.any(0),

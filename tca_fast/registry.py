@@ -7,7 +7,8 @@ was measured. `torch.ops.tca_fast.*` are what is chosen; `torch.ops.tca_fast_ref
 `torch.ops.tca_fast_triton.*` and `torch.ops.tca_fast_cuda.*` are the same operators without a
 choice. All take a capacity for the packed active features, which `tca_fast.ops` works out.
 
-Shapes: T tokens, D model width, F features, C capacity.
+Shapes: T tokens, D model width, F features, C capacity. Everything is by token but the adapter's
+`mlp_out` and `y`, which are [..., D].
 """
 
 from __future__ import annotations
@@ -157,17 +158,18 @@ def backend(name: str) -> Iterator[None]:
 
 def operator(name: str) -> Callable[..., Any]:
     """An operator of the backend in force, by its name in `backends()`."""
-    return getattr(getattr(torch.ops, _namespace), name)
+    return _OPERATORS[_namespace][name]
 
 
 def call(name: str, *arguments: Any) -> Any:
     """Run an operator of the backend in force, by its name in `backends()`."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return operator(name)(*arguments)
+    run = _OPERATORS[_namespace][name]
+    if torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
+        return run(*arguments)
     # Gradients of Python operators are recorded in Python, by a kernel that runs also where there
     # is nothing to record, and costs several percent of a decode step there.
     with torch._C._AutoDispatchBelowAutograd():
-        return operator(name)(*arguments)
+        return run(*arguments)
 
 
 def _is_registered(operator: str, key: str, namespace: str = _DISPATCHED) -> bool:
@@ -250,7 +252,7 @@ def _fake_adapter(
     if reference.keeps_dense(num_activations, capacity):
         feature, value = feature.new_empty(0), value.new_empty(num_activations)
     return (
-        x.new_empty(x.shape),
+        mlp_out.new_empty(mlp_out.shape),
         x.new_empty((), dtype=_sum_dtype(x)),
         x.new_empty(x.shape[0], dtype=torch.int32),
         x.new_empty(W_enc.shape[0], dtype=torch.bool),
@@ -326,12 +328,11 @@ def _grad_adapter(
 ) -> tuple[Any, ...]:
     *arguments, row_ptr, feature, value = ctx.saved_tensors
     x = arguments[0]
-    if grad_y is None:
-        grad_y = torch.zeros_like(x)
+    grad_y_TD = torch.zeros_like(x) if grad_y is None else grad_y.reshape(x.shape)
     if grad_l1 is None:
         grad_l1 = x.new_zeros((), dtype=_sum_dtype(x))
     dx, dW_enc, db_enc, dW_dec, db_dec = ops.adapter_backward(
-        grad_y, grad_l1, *arguments, ctx.k, row_ptr, feature, value
+        grad_y_TD, grad_l1, *arguments, ctx.k, row_ptr, feature, value
     )
     if not ctx.has_bias:
         db_dec = None
@@ -365,6 +366,7 @@ def _register(namespace: str, implementation: Callable[[str], Callable[..., Any]
 
 def _define(namespace: str) -> None:
     """The operators without an implementation."""
+    _OPERATORS[namespace] = {}
     for name, schema in _SCHEMAS.items():
         operator = f"{namespace}::{name}"
         torch.library.define(operator, schema)
@@ -373,6 +375,7 @@ def _define(namespace: str) -> None:
             backward, save = _GRADIENTS[name]
             gradient = partial(backward, getattr(torch.ops, namespace))
             torch.library.register_autograd(operator, gradient, setup_context=save)
+        _OPERATORS[namespace][name] = getattr(getattr(torch.ops, namespace), name).default
 
 
 def _without_autocast(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -415,7 +418,7 @@ def _measured(name: str) -> Callable[..., Any]:
 
     def run(*arguments: Any) -> Any:
         chosen = selection.choose(_call(name, arguments), cuda_backends(), arguments[0].device)
-        return getattr(getattr(torch.ops, _NAMESPACES[chosen]), name)(*arguments)
+        return _OPERATORS[_NAMESPACES[chosen]][name](*arguments)
 
     return run
 
@@ -441,6 +444,8 @@ def _call(name: str, arguments: tuple[Any, ...]) -> Call:
     return Call(_forward(name), tokens, width, features, density)
 
 
+# By namespace and name; finding an operator in `torch.ops` is a visible share of a decode step.
+_OPERATORS: dict[str, dict[str, Callable[..., Any]]] = {}
 _namespace = _DISPATCHED
 _register(_DISPATCHED, _reference)
 _register(_NAMESPACES["reference"], _reference)

@@ -165,4 +165,4 @@ def test_opcheck():
     tensors = weights(T=3, D=2, F=4, dtype=torch.float32)
     mask = torch.tensor([True, False, True])
     for capacity in (12, 5):
-        torch.library.opcheck(raw("adapter").default, (*tensors, None, mask, None, capacity))
+        torch.library.opcheck(raw("adapter"), (*tensors, None, mask, None, capacity))

@@ -164,12 +164,12 @@ def test_opcheck():
     tensors = weights(T=3, D=2, F=4)
     mask = torch.tensor([True, False, True])
     for capacity in (12, 5):
-        torch.library.opcheck(raw("adapter").default, (*tensors, None, mask, None, capacity))
+        torch.library.opcheck(raw("adapter"), (*tensors, None, mask, None, capacity))
     value, row_ptr, feature = raw("encode")(tensors[0], *tensors[2:4], 2, 6)
-    torch.library.opcheck(raw("encode").default, (tensors[0], *tensors[2:4], 2, 6))
+    torch.library.opcheck(raw("encode"), (tensors[0], *tensors[2:4], 2, 6))
     value = value.detach().requires_grad_()
     decode = (row_ptr, feature, value, tensors[4], tensors[5], None)
-    torch.library.opcheck(raw("decode").default, decode)
+    torch.library.opcheck(raw("decode"), decode)
 
 
 def test_the_backend_is_refused_where_nothing_can_run_it(monkeypatch):

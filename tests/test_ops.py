@@ -30,8 +30,8 @@ def test_gradcheck_and_opcheck(k, capacity):
     gain, mask = torch.randn(F, dtype=torch.float64), torch.arange(T) % 3 > 0
     adapter = raw("adapter")
     assert torch.autograd.gradcheck(lambda *a: adapter(*a, gain, mask, k, capacity)[:2], tensors)
-    torch.library.opcheck(adapter.default, (*tensors, gain, mask, k, capacity))
-    torch.library.opcheck(adapter.default, (*tensors[:5], None, None, None, k, capacity))
+    torch.library.opcheck(adapter, (*tensors, gain, mask, k, capacity))
+    torch.library.opcheck(adapter, (*tensors[:5], None, None, None, k, capacity))
 
 
 @pytest.mark.parametrize("k", [None, 3])
@@ -40,13 +40,13 @@ def test_gradcheck_and_opcheck_of_encode_and_decode(k):
     encode, decode = raw("encode"), raw("decode")
     capacity = T * F
     assert torch.autograd.gradcheck(lambda *a: encode(*a, k, capacity)[0], (x, W_enc, b_enc))
-    torch.library.opcheck(encode.default, (x, W_enc, b_enc, k, capacity))
+    torch.library.opcheck(encode, (x, W_enc, b_enc, k, capacity))
     value, row_ptr, feature = encode(x, W_enc, b_enc, k, capacity)
     value, gain = value.detach().requires_grad_(), torch.randn(F, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda v, W, b: decode(row_ptr, feature, v, W, b, gain), (value, W_dec, b_dec)
     )
-    torch.library.opcheck(decode.default, (row_ptr, feature, value, W_dec, b_dec, gain))
+    torch.library.opcheck(decode, (row_ptr, feature, value, W_dec, b_dec, gain))
 
 
 @pytest.mark.parametrize("k", [None, 3])
@@ -80,6 +80,54 @@ def test_ablating_a_feature_subtracts_exactly_its_row():
     whole = ops.adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec).y
     ablated = ops.adapter(x, mlp_out, W_enc, b_enc, W_dec, b_dec, gain=gain).y
     torch.testing.assert_close(whole - ablated, features[:, 4:5] * W_dec[4])
+
+
+ROWS = {
+    "random": lambda noise: noise,
+    "ties": lambda noise: (2 * noise).round(),
+    "all equal": lambda noise: torch.ones_like(noise),
+    "none positive": lambda noise: -noise.abs(),
+    "few positive": lambda noise: torch.where(noise > 2.5, noise, -1.0),
+    "ascending": lambda noise: noise.sort().values,
+    "tiny": lambda noise: noise * torch.finfo(noise.dtype).tiny,
+    "huge": lambda noise: (noise * torch.finfo(noise.dtype).max).nan_to_num(),
+    "infinite": lambda noise: torch.where(noise > 2, torch.inf, noise),
+    "not a number": lambda noise: torch.where(noise.abs() > 2.9, torch.nan, noise),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("k", [1, 7, 62, 63])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_topk_of_a_long_row(row, k, dtype):
+    """The K largest by value, of equal ones the first, in whatever order they come."""
+    num_features = 2011
+    generator = torch.Generator().manual_seed(k)
+    z = ROWS[row](torch.randn(num_features, generator=generator).to(dtype))
+    zero = torch.zeros(num_features, dtype=dtype)
+    active = ops.encode(torch.ones(1, 1, dtype=dtype), z.unsqueeze(1), zero, k=k).trim()
+    kept = sorted(z.argsort(descending=True, stable=True)[:k].tolist())
+    expected = [f for f in kept if not z[f] <= 0]
+    assert active.feature.tolist() == expected
+    assert torch.equal(active.value.nan_to_num(), z[expected].nan_to_num())
+
+
+@pytest.mark.parametrize("shift", [-1.5, 3.0], ids=["sparse", "dense"])
+@pytest.mark.parametrize("leading", [(1, 6), (2, 1, 3)], ids=str)
+def test_a_batch_is_its_tokens_in_the_shape_of_the_batch(leading, shift):
+    """Output and gradients, to the bit; and without a backward to keep anything for, the same."""
+    tensors = weights(T=6, D=8, F=40, dtype=torch.float32)
+    with torch.no_grad():
+        tensors[3] += shift
+    batch = [t.unflatten(0, leading) for t in tensors[:2]]
+    by_token, batched = ops.adapter(*tensors), ops.adapter(*batch, *tensors[2:])
+    assert batched.y.shape == (*leading, 8)
+    both = [gradients([output.y, output.l1], tensors) for output in (by_token, batched)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*both, strict=True))
+    with torch.no_grad():
+        unkept = ops.adapter(*batch, *tensors[2:])
+    for ours, whole, flat in zip(unkept, batched, by_token, strict=True):
+        assert torch.equal(ours, whole) and torch.equal(whole.view(flat.shape), flat)
 
 
 def test_nan_is_not_hidden():

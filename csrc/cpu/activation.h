@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -37,12 +38,24 @@ inline bool precedes(const Active<T>& a, const Active<T>& b) {
   return a.feature < b.feature;
 }
 
+// The next smaller number than a positive one. A small one may round to 0 in T, and stays that.
+template <typename T>
+inline T before(T positive) {
+  std::conditional_t<
+      sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>> bits;
+  std::memcpy(&bits, &positive, sizeof(T));
+  bits -= bits > 0;
+  std::memcpy(&positive, &bits, sizeof(T));
+  return positive;
+}
+
 }  // namespace detail
 
 // The active features of one row, found in ascending order; with a K, the K largest of them.
 //
-// More than twice K are never held: then all but the K largest are dropped, and from there on only
-// what is larger than the smallest of those is looked at. An equal one further on would lose the tie.
+// Features are looked at that exceed `least_`. It starts from what K features are known to reach, and
+// more than twice K are never held: then all but the K largest are dropped, and it becomes the smallest
+// of those. An equal one further on would lose the tie.
 template <typename T>
 class RowSearch {
  public:
@@ -50,6 +63,9 @@ class RowSearch {
       : active_(active), begin_(active.size()), k_(k) {}
 
   void run(const T* z, const T* b_enc, int64_t num_features) {
+    if (k_ && num_features >= 2 * kLanes * *k_) {
+      least_ = below_largest(z, b_enc, num_features);
+    }
     int64_t f = 0;
     for (; f + kLanes <= num_features; f += kLanes) {
       int any = 0;
@@ -76,6 +92,29 @@ class RowSearch {
   }
 
  private:
+  // A number, 0 or more, that is less than the K largest activations. Of groups of features, each in
+  // another lane or another stretch of the row, the largest one each is known after one pass; the K-th
+  // largest of those is reached by K features. Its predecessor in T is taken, because what rounds to
+  // it may still win a tie.
+  Sum<T> below_largest(const T* z, const T* b_enc, int64_t num_features) const {
+    constexpr int64_t kStretch = kLanes * kLanes;
+    std::vector<Sum<T>> largest((num_features / kStretch + 1) * kLanes, Sum<T>(0));
+    for (int64_t f = 0; f + kLanes <= num_features; f += kLanes) {
+      Sum<T>* lanes = largest.data() + f / kStretch * kLanes;
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const Sum<T> value =
+            static_cast<Sum<T>>(z[f + lane]) + static_cast<Sum<T>>(b_enc[f + lane]);
+        lanes[lane] = value > lanes[lane] ? value : lanes[lane];
+      }
+    }
+    if (static_cast<int64_t>(largest.size()) < *k_) {
+      return 0;
+    }
+    const auto bound = largest.begin() + (*k_ - 1);
+    std::nth_element(largest.begin(), bound, largest.end(), std::greater<Sum<T>>());
+    return *bound > 0 ? static_cast<Sum<T>>(detail::before(static_cast<T>(*bound))) : Sum<T>(0);
+  }
+
   int64_t held() const { return static_cast<int64_t>(active_.size()) - begin_; }
 
   void take(int64_t f, const T* z, const T* b_enc) {

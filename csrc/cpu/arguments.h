@@ -29,9 +29,12 @@ auto dispatch(ScalarType dtype, const Body& body) {
   }
 }
 
+inline Tensor make(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype);
+}
+
 inline Tensor make(std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
+  return make(torch::headeronly::IntHeaderOnlyArrayRef(shape.begin(), shape.size()), dtype);
 }
 
 // a·b in the dtype of `a`. Written into memory of that dtype because autocast, which is still in

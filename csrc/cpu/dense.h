@@ -4,7 +4,7 @@
 
 #include <mutex>
 
-#include "kernels.h"
+#include "decode.h"
 
 namespace tca_fast {
 

@@ -22,9 +22,32 @@ using torch::stable::parallel_for;
 
 constexpr int64_t kTokensPerBlock = 16;
 constexpr int64_t kFeaturesPerBlock = 32;
+constexpr int64_t kColumnsPerBlock = 256;
 // A feature that fires for more tokens than this is split, so that one that always fires does not
 // keep a single thread busy; the pieces are added in order.
 constexpr int64_t kTokensPerSegment = 512;
+
+inline int64_t column_blocks(int64_t D) { return (D + kColumnsPerBlock - 1) / kColumnsPerBlock; }
+
+// The length of a row, from the squared lengths of its blocks.
+template <typename S>
+S length_of(const S* squares, int64_t num_blocks) {
+  S sum = 0;
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    sum += squares[block];
+  }
+  return std::sqrt(sum);
+}
+
+// ‖row‖, with the same bits as by `length_of`.
+template <typename T>
+Sum<T> row_norm(const T* row, int64_t D) {
+  Sum<T> sum = 0;
+  for (int64_t begin = 0; begin < D; begin += kColumnsPerBlock) {
+    sum += dot(row + begin, row + begin, std::min(kColumnsPerBlock, D - begin));
+  }
+  return std::sqrt(sum);
+}
 
 // norm[f] = ‖W_dec[f]‖ where wanted[f]; the others are not read. Null wants all.
 template <typename T>
@@ -32,7 +55,7 @@ void row_norms(const T* W_dec, const bool* wanted, Sum<T>* norm, int64_t F, int6
   parallel_for(0, F, kFeaturesPerBlock, [=](int64_t begin, int64_t end) {
     for (int64_t f = begin; f < end; ++f) {
       if (wanted == nullptr || wanted[f]) {
-        norm[f] = std::sqrt(dot(W_dec + f * D, W_dec + f * D, D));
+        norm[f] = row_norm(W_dec + f * D, D);
       }
     }
   });
@@ -79,65 +102,6 @@ void fill_packed(const Scan<T>& found, int32_t* feature, T* value) {
         feature[e] = one.feature;
         value[e++] = one.value;
       }
-    }
-  });
-}
-
-// What the adapter reports beside its output. Masked tokens count in none of it.
-template <typename T>
-struct Statistics {
-  Sum<T>* l1;     // [T], Σ_f a·‖W_dec[f]‖
-  int32_t* l0;    // [T], active features
-  bool* fired;    // [F]
-};
-
-template <typename T>
-void statistics_of_packed(
-    const int64_t* row_ptr, const int32_t* feature, const T* value, const T* W_dec,
-    const bool* token_mask, Statistics<T> out, int64_t num_tokens, int64_t F, int64_t D) {
-  std::fill(out.fired, out.fired + F, false);
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    if (token_mask == nullptr || token_mask[t]) {
-      for (int64_t e = row_ptr[t]; e < row_ptr[t + 1]; ++e) {
-        out.fired[feature[e]] = true;
-      }
-    }
-  }
-  std::vector<Sum<T>> norm(F);
-  row_norms(W_dec, out.fired, norm.data(), F, D);
-  parallel_for(0, num_tokens, kTokensPerBlock, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const bool counts = token_mask == nullptr || token_mask[t];
-      out.l1[t] = 0;
-      out.l0[t] = counts ? static_cast<int32_t>(row_ptr[t + 1] - row_ptr[t]) : 0;
-      for (int64_t e = row_ptr[t]; counts && e < row_ptr[t + 1]; ++e) {
-        out.l1[t] += static_cast<Sum<T>>(value[e]) * norm[feature[e]];
-      }
-    }
-  });
-}
-
-// y[t] = base[t] + b_dec + Σ_f g_f·a_tf·W_dec[f], rounded once. `base` and `b_dec` may be null.
-template <typename T>
-void decode_rows(
-    const int64_t* row_ptr, const int32_t* feature, const T* value, const T* W_dec, const T* b_dec,
-    const T* gain, const T* base, T* y, int64_t num_tokens, int64_t D) {
-  parallel_for(0, num_tokens, kTokensPerBlock, [=](int64_t begin, int64_t end) {
-    std::vector<Sum<T>> row(D);
-    for (int64_t t = begin; t < end; ++t) {
-      std::fill(row.begin(), row.end(), Sum<T>(0));
-      for (int64_t e = row_ptr[t]; e < row_ptr[t + 1]; ++e) {
-        const int64_t f = feature[e];
-        const Sum<T> g = gain == nullptr ? Sum<T>(1) : static_cast<Sum<T>>(gain[f]);
-        add_scaled(row.data(), g * static_cast<Sum<T>>(value[e]), W_dec + f * D, D);
-      }
-      if (b_dec != nullptr) {
-        add_scaled(row.data(), Sum<T>(1), b_dec, D);
-      }
-      if (base != nullptr) {
-        add_scaled(row.data(), Sum<T>(1), base + t * D, D);
-      }
-      convert(y + t * D, row.data(), D);
     }
   });
 }
@@ -223,7 +187,7 @@ class BackwardByFeature {
   int64_t count(int64_t f) const { return pairs.start[f + 1] - pairs.start[f]; }
   bool encoder() const { return gradients.W_enc != nullptr; }
   Sum<T> norm(int64_t f) const {
-    return upstream.l1 == 0 ? 0 : std::sqrt(dot(W_dec + f * D, W_dec + f * D, D));
+    return upstream.l1 == 0 ? 0 : row_norm(W_dec + f * D, D);
   }
 
   void accumulate(int64_t f, int64_t first, int64_t last, FeatureSums<T>& sums) const {

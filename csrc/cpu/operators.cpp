@@ -144,8 +144,9 @@ Tensor decode(
     using T = std::remove_pointer_t<decltype(type)>;
     const PackedView<T> packed = arguments.view<T>();
     decode_rows<T>(
-        packed.row_ptr, packed.feature, packed.value, pointer<T>(in.W_dec), pointer<T>(b_dec),
-        pointer<T>(in.gain), nullptr, output<T>(y), packed.num_tokens, in.D);
+        {packed.row_ptr, packed.feature, packed.value, pointer<T>(in.W_dec), pointer<T>(b_dec),
+         pointer<T>(in.gain), nullptr, output<T>(y), in.D},
+        packed.num_tokens);
     return 0;
   });
   return y;
@@ -177,10 +178,10 @@ std::tuple<Tensor, Tensor> decode_backward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
     const Tensor& x, const Tensor& mlp_out_, const Tensor& W_enc, const Tensor& b_enc,
     const Tensor& W_dec, const std::optional<Tensor>& b_dec_, const std::optional<Tensor>& gain,
-    const std::optional<Tensor>& token_mask, std::optional<int64_t> k, int64_t capacity) {
-  const AdapterArguments in(x, W_enc, b_enc, W_dec, gain, token_mask, k);
+    const std::optional<Tensor>& token_mask_, std::optional<int64_t> k, int64_t capacity) {
+  const AdapterArguments in(x, W_enc, b_enc, W_dec, gain, token_mask_, k);
   const int64_t num_tokens = in.num_tokens, D = in.D, F = in.F;
-  const Tensor mlp_out = checked("mlp_out", mlp_out_, {num_tokens, D}, in.dtype);
+  const Tensor mlp_out = checked_mlp_out(mlp_out_, num_tokens, D, in.dtype);
   const std::optional<Tensor> b_dec = checked("b_dec", b_dec_, {D}, in.dtype);
   check_capacity(capacity);
 
@@ -208,18 +209,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
       }
       y = product(gained<T>(z, in), in.W_dec);
       add_rows(output<T>(y), pointer<T>(mlp_out), pointer<T>(b_dec), num_tokens, D);
+      y = torch::stable::reshape(y, mlp_out.sizes());
     } else {
       if (keeps_dense) {
         found = Packed<T>::of_activations(z, num_tokens, F);
       }
       const PackedView<T> packed = found.view();
-      y = make({num_tokens, D}, in.dtype);
-      statistics_of_packed(
-          packed.row_ptr, packed.feature, packed.value, pointer<T>(in.W_dec),
-          pointer<bool>(in.token_mask), statistics, num_tokens, F, D);
-      decode_rows(
+      y = make(mlp_out.sizes(), in.dtype);
+      const Decoder<T> decoder{
           packed.row_ptr, packed.feature, packed.value, pointer<T>(in.W_dec), pointer<T>(b_dec),
-          pointer<T>(in.gain), pointer<T>(mlp_out), output<T>(y), num_tokens, D);
+          pointer<T>(in.gain), pointer<T>(mlp_out), output<T>(y), D};
+      const bool* token_mask = pointer<bool>(in.token_mask);
+      if (num_tokens <= kTokensPerBlock) {
+        decode_few_rows(decoder, token_mask, statistics, num_tokens, F);
+      } else {
+        statistics_of_packed(
+            packed.row_ptr, packed.feature, packed.value, decoder.W_dec, token_mask, statistics,
+            num_tokens, F, D);
+        decode_rows(decoder, num_tokens);
+      }
     }
     double total = 0;
     for (Sum<T> one : l1_by_token) {

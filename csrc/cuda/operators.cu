@@ -109,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
     const std::optional<Tensor>& token_mask, std::optional<int64_t> k, int64_t capacity) {
   AdapterArguments in(x, W_enc, b_enc, W_dec, gain, token_mask, k);
   const int64_t num_tokens = in.num_tokens, D = in.D, F = in.F;
-  Tensor mlp_out = checked("mlp_out", mlp_out_, {num_tokens, D}, in.dtype);
+  Tensor mlp_out = torch::stable::view(
+      checked_mlp_out(mlp_out_, num_tokens, D, in.dtype), {num_tokens, D});
   std::optional<Tensor> b_dec = checked("b_dec", b_dec_, {D}, in.dtype);
   const bool keeps_dense = capacity >= num_tokens * F;
   keeps_dense ? check_capacity(capacity) : check_room(capacity);
@@ -143,6 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
     }
   });
   const Tensor l1 = torch::stable::sum(*found.l1);
+  y = torch::stable::view(y, mlp_out_.sizes());
   return {y, l1, found.l0, found.fired, packed.row_ptr, packed.feature, packed.value};
 }
 

@@ -71,7 +71,7 @@ def decode_backward(
 
 def adapter(
     x_TD: Tensor,
-    mlp_out_TD: Tensor,
+    mlp_out: Tensor,
     W_enc_FD: Tensor,
     b_enc_F: Tensor,
     W_dec_FD: Tensor,
@@ -85,10 +85,12 @@ def adapter(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The adapter branch and its statistics: (y, l1, l0, fired, row_ptr, feature, value).
 
-    A TopK that keeps more than `dense_share` of all pairs is computed by dense products.
+    `mlp_out` and y are [..., D]. A TopK that keeps more than `dense_share` of all pairs is computed
+    by dense products.
     """
     z_TF = torch.addmm(b_enc_F, x_TD, W_enc_FD.T)
     num_tokens, num_features = z_TF.shape
+    mlp_out_TD = mlp_out.view(x_TD.shape)
     mask = _as_bytes(token_mask_T)
     counts = Counts.empty(num_tokens, num_features, z_TF.device)
     keeps_dense = capacity >= z_TF.numel()
@@ -96,7 +98,8 @@ def adapter(
     if k is None and keeps_dense:
         y_TD, l1_T = _dense_forward(z_TF, None, mlp_out_TD, W_dec_FD, b_dec_D, gain_F, mask, counts)
         packed = _kept_dense(counts.row_ptr(), z_TF)
-        return y_TD, l1_T.sum(), counts.l0, counts.fired.view(torch.bool), *packed
+        y = y_TD.view(mlp_out.shape)
+        return y, l1_T.sum(), counts.l0, counts.fired.view(torch.bool), *packed
 
     bits = select(z_TF, mask, k, counts)
     row_ptr = counts.row_ptr()
@@ -119,7 +122,8 @@ def adapter(
             dense.activate(z_TF, bits, norm, mask, None, l1_T, overflow)
             scaled = z_TF if gain_F is None else z_TF * gain_F
             overflow_product(scaled, W_dec_FD, y_TD, overflow, base=mlp_out_TD, bias=b_dec_D)
-    return y_TD, l1_T.sum(), counts.l0, counts.fired.view(torch.bool), *packed
+    y = y_TD.view(mlp_out.shape)
+    return y, l1_T.sum(), counts.l0, counts.fired.view(torch.bool), *packed
 
 
 def adapter_backward(

@@ -62,12 +62,12 @@ def test_opcheck(room):
     x, _, W_enc, b_enc, W_dec, b_dec = tensors
     capacity = int(room * layer.T * layer.l0)
     arguments = (*tensors, None, layer.mask(), None, capacity)
-    torch.library.opcheck(registry.operator("adapter").default, arguments)
-    encode = registry.operator("encode").default
+    torch.library.opcheck(registry.operator("adapter"), arguments)
+    encode = registry.operator("encode")
     torch.library.opcheck(encode, (x, W_enc, b_enc, 2, 2 * layer.T))
     value, row_ptr, feature = encode(x, W_enc, b_enc, 2, 2 * layer.T)
     packed = (row_ptr, feature, value.detach().requires_grad_())
-    torch.library.opcheck(registry.operator("decode").default, (*packed, W_dec, b_dec, None))
+    torch.library.opcheck(registry.operator("decode"), (*packed, W_dec, b_dec, None))
 
 
 @pytest.mark.parametrize(("k", "room"), [(None, 2.0), (None, 0.5), (5, 0.0)])
