@@ -35,7 +35,7 @@ from tca_fast.adapter_config import (
 )
 from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
 from tca_fast.durable import Replacement
-from tca_fast.errors import UserError
+from tca_fast.errors import UserError, one_line
 from tca_fast.fingerprint import Fingerprint, fingerprint, refuse_quantised
 from tca_fast.formats.shards import read_tensors
 from tca_fast.model_card import model_card, model_to_load
@@ -227,10 +227,9 @@ def local_directory(directory: str | Path, revision: str | None) -> Path:
         files = [CONFIG_NAME, WEIGHTS_NAME]
         return Path(snapshot_download(str(directory), revision=revision, allow_patterns=files))
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise UserError(
             f"directory: {directory} is neither a directory here nor a repository that the hub "
-            f"gives ({type(error).__name__}: {reason[:200]}); check the path or the hub id"
+            f"gives ({type(error).__name__}: {one_line(error)}); check the path or the hub id"
         ) from None
 
 

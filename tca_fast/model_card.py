@@ -35,8 +35,9 @@ transformers do not open them; with it:
 ```python
 import tca_fast
 
-adapted = tca_fast.load_adapted("path/to/this/directory")  # fetches the models named above
-adapted = tca_fast.load(model, "path/to/this/directory")  # or attach to one that is loaded
+this = "path/to/this/directory"  # or the name of this repository
+adapted = tca_fast.load_adapted(this)  # fetches the models named above
+adapted = tca_fast.load(model, this)  # or attach to one that is loaded
 with adapted.disabled():
     ...  # the model without adapters
 ```

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tca_fast.adapter_config import Provenance
-from tca_fast.errors import UserError
+from tca_fast.errors import UserError, one_line
 from tca_fast.formats.adapter_set import AdapterSet, Export, Placement
 from tca_fast.formats.paper import GENERATION_NAME, is_adapter_tensor, tensor_name
 from tca_fast.formats.qwen2 import qwen2_fingerprint
@@ -211,10 +211,9 @@ def _model_directory(role: str, provenance: Provenance) -> Path:
             )
         )
     except Exception as error:
-        reason = " ".join(str(error).split())
         raise UserError(
             f"--{role}: {name} is neither a directory here nor a model that the hub gives "
-            f"({type(error).__name__}: {reason[:200]}); name one that is"
+            f"({type(error).__name__}: {one_line(error)}); name one that is"
         ) from None
 
 

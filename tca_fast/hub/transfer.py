@@ -23,7 +23,7 @@ from tca_fast.adapter_config import (
 )
 from tca_fast.checkpoint import CARD_NAME
 from tca_fast.durable import Replacement
-from tca_fast.errors import UserError
+from tca_fast.errors import UserError, one_line
 from tca_fast.formats import native
 from tca_fast.hub.card import with_figures
 from tca_fast.model_card import model_card
@@ -70,7 +70,7 @@ def push(
     if get_token() is None:
         raise UserError("token: none found; run `hf auth login`, or set HF_TOKEN")
     api = HfApi()
-    with _one_line("repo", repo):
+    with _answering("repo", repo):
         api.create_repo(repo, private=private, exist_ok=overwrite)
         commit = api.create_commit(
             repo,
@@ -101,7 +101,7 @@ def pull(repo: str, directory: str | Path, *, revision: str | None = None) -> Pa
     """
     from huggingface_hub import snapshot_download
 
-    with _one_line("repo", repo):
+    with _answering("repo", repo):
         found = Path(snapshot_download(repo, revision=revision, allow_patterns=list(_FILES)))
     missing = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if not (found / name).is_file()]
     if missing:
@@ -158,14 +158,16 @@ def _copy(source: Path, path: Path) -> None:
 
 
 @contextmanager
-def _one_line(field: str, repo: str) -> Iterator[None]:
+def _answering(field: str, repo: str) -> Iterator[None]:
     """What the hub's client raises, as one line that says what to do."""
     from huggingface_hub import errors
 
     try:
         yield
     except errors.HFValidationError as error:
-        raise UserError(f"{field}: {repo!r} is no name of a repository ({_line(error)})") from None
+        raise UserError(
+            f"{field}: {repo!r} is no name of a repository ({one_line(error)})"
+        ) from None
     except errors.GatedRepoError:
         raise UserError(
             f"{field}: {repo} is gated; ask for access on its page, then `hf auth login`"
@@ -183,8 +185,8 @@ def _one_line(field: str, repo: str) -> Iterator[None]:
         raise UserError(_refusal(field, repo, error)) from None
     except (errors.HTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         raise UserError(
-            f"{field}: {repo} cannot be reached ({_line(error)}); check the network, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE"
+            f"{field}: {repo} cannot be reached ({one_line(error)}); check the network, "
+            "HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
 
 
@@ -195,9 +197,5 @@ def _refusal(field: str, repo: str, error: Exception) -> str:
         403: "the token may not write there; use one with write access, of an owner of the name",
         409: "exists already; pass overwrite=True (--overwrite) to add a commit to it",
     }
-    remedy = remedies.get(status or 0, f"refused by the hub ({_line(error)}); try again later")
+    remedy = remedies.get(status or 0, f"refused by the hub ({one_line(error)}); try again later")
     return f"{field}: {repo}: {remedy}"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

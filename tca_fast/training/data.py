@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tca_fast.config import DataConfig
-from tca_fast.errors import UserError
+from tca_fast.errors import UserError, one_line
 
 BYTE_ORDER_MARK = "\ufeff"
 # Python's own limit counts the frames of the caller too: a line could pass the scan and then fail
@@ -182,10 +182,9 @@ def _download(source: str, field: str) -> Path:
             f"{organisation}/{repository}", name, repo_type="dataset", revision=revision or None
         )
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{field}: {source} cannot be fetched ({type(error).__name__}: {reason}); check the "
-            "name and the connection, or give a local file"
+            f"{field}: {source} cannot be fetched ({type(error).__name__}: {one_line(error)}); "
+            "check the name and the connection, or give a local file"
         ) from None
     return Path(local)
 

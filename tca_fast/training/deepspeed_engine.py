@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tca_fast.config import TrainConfig
-from tca_fast.errors import UserError
+from tca_fast.errors import UserError, one_line
 from tca_fast.training.deepspeed_settings import fill_settings, read_settings
 from tca_fast.training.engine import Engine, make_optimizer, read_optimizer, read_weights, trainable
 from tca_fast.training.optimizer_state import Fragment, write_part
@@ -67,9 +67,8 @@ class DeepSpeedGroup:
             deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         except (torch.distributed.DistError, ValueError) as error:
             where = ":".join(os.environ.get(f"MASTER_{part}", "?") for part in ("ADDR", "PORT"))
-            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"ranks: they cannot meet at {where} ({reason}); give the launcher a free "
+                f"ranks: they cannot meet at {where} ({one_line(error)}); give the launcher a free "
                 "--master_port, and an address that every node reaches"
             ) from None
         self.rank = torch.distributed.get_rank()
@@ -123,9 +122,9 @@ def _check_settings(settings: dict[str, Any], path: Path) -> None:
     try:
         DeepSpeedConfig(json.loads(json.dumps(settings)))
     except Exception as error:  # of many kinds, assertions among them
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"deepspeed: {path}: DeepSpeed refuses it ({reason}); start from configs/zero2.json"
+            f"deepspeed: {path}: DeepSpeed refuses it ({one_line(error, 300)}); start from "
+            "configs/zero2.json"
         ) from None
 
 
