@@ -285,6 +285,28 @@ def _fake_adapter_backward(
     )
 
 
+class _OnceDifferentiable(torch.autograd.Function):
+    """A backward operator in a graph, as `create_graph=True` records it."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., Any], *arguments: Any) -> Any:
+        return run(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise UserError(
+            "create_graph: the operators have first derivatives only; write the layer in plain "
+            "PyTorch where second ones are needed"
+        )
+
+
+def _differentiate(run: Callable[..., Any], *arguments: Any) -> Any:
+    """The gradients, whose own gradient is refused rather than taken for zero."""
+    if torch.is_grad_enabled():
+        return _OnceDifferentiable.apply(run, *arguments)
+    return run(*arguments)
+
+
 def _save_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, W_enc, _, _, _ = inputs
     _, row_ptr, feature = output
@@ -298,7 +320,7 @@ def _grad_encode(
 ) -> tuple[Tensor | None, ...]:
     if grad_value is None:
         return None, None, None, None, None
-    dx, dW_enc, db_enc = ops.encode_backward(grad_value, *ctx.saved_tensors)
+    dx, dW_enc, db_enc = _differentiate(ops.encode_backward, grad_value, *ctx.saved_tensors)
     return dx, dW_enc, db_enc, None, None
 
 
@@ -309,7 +331,7 @@ def _save_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _grad_decode(ops: Any, ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    dvalue, dW_dec = ops.decode_backward(grad_y, *ctx.saved_tensors)
+    dvalue, dW_dec = _differentiate(ops.decode_backward, grad_y, *ctx.saved_tensors)
     db_dec = grad_y.sum(0, dtype=_sum_dtype(grad_y)).to(dW_dec.dtype) if ctx.has_bias else None
     return None, None, dvalue, dW_dec, db_dec, None
 
@@ -331,8 +353,9 @@ def _grad_adapter(
     grad_y_TD = torch.zeros_like(x) if grad_y is None else grad_y.reshape(x.shape)
     if grad_l1 is None:
         grad_l1 = x.new_zeros((), dtype=_sum_dtype(x))
-    dx, dW_enc, db_enc, dW_dec, db_dec = ops.adapter_backward(
-        grad_y_TD, grad_l1, *arguments, ctx.k, row_ptr, feature, value
+    packed = row_ptr, feature, value
+    dx, dW_enc, db_enc, dW_dec, db_dec = _differentiate(
+        ops.adapter_backward, grad_y_TD, grad_l1, *arguments, ctx.k, *packed
     )
     if not ctx.has_bias:
         db_dec = None

@@ -209,6 +209,15 @@ def test_numbers_that_cannot_be_rounded(library, dtype, value, name):
     assert agree(named, library)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["x", "W_enc"])
+def test_a_bias_that_switches_a_feature_off_hides_no_nan(library, value, name):
+    named = arguments(weights("normal", torch.float32, 40, 48), normal(4, 48), normal(40))
+    named["b_enc"][:] = -math.inf
+    named[name][0, 1] = value
+    assert agree(named, library)
+
+
 @pytest.mark.parametrize("T, D, message", [(9, 16, "9 tokens, expected at most 8"), (2, 24, "24")])
 def test_shapes_it_does_not_serve(library, T, D, message):
     named = arguments(weights("normal", torch.float32, 32, D), normal(T, D), normal(32))

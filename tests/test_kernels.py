@@ -158,6 +158,10 @@ def test_packed_features_made_by_hand_are_not_read_out_of_bounds():
         torch.tensor([0, 1, 9]), torch.tensor([0, 4], dtype=torch.int32), torch.ones(2), 5
     )
     assert ops.decode(overflowed, W_dec).isnan().all()
+    gradients = raw("encode_backward")(
+        torch.ones(2), overflowed.row_ptr, overflowed.feature, torch.ones(2, 3), torch.ones(5, 3)
+    )
+    assert all(gradient.isnan().all() for gradient in gradients)
 
 
 def test_opcheck():

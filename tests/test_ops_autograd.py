@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from tca_fast import ops
 from tca_fast.adapter import TranscoderAdapter
 from tca_fast.config import AdapterConfig
+from tca_fast.errors import UserError
 
 D, F = 12, 40
 pytestmark = pytest.mark.usefixtures("backend")
@@ -186,6 +187,18 @@ def test_gradients_accumulate_in_place():
     second = backward(0.5)
     for sum_, a, b in zip(both, first, second, strict=True):
         torch.testing.assert_close(sum_, a + b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("density", [None, 1.0], ids=["packed", "dense"])
+def test_gradients_in_a_graph_have_none_themselves(density):
+    tensors = weights(D=D, F=F)
+    output = ops.adapter(*tensors, expected_density=density)
+    loss = output.y.square().sum() + output.l1
+    recorded = torch.autograd.grad(loss, tensors, create_graph=True)
+    plain = torch.autograd.grad(loss, tensors)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(recorded, plain, strict=True))
+    with pytest.raises(UserError, match="create_graph: .* first derivatives only"):
+        recorded[0].sum().backward()
 
 
 @pytest.mark.parametrize("density", [None, 1.0], ids=["packed", "dense"])

@@ -27,9 +27,6 @@ namespace tca_fast::cuda {
 
 constexpr int kWarpSize = 32, kMostWarps = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
-// More shared memory than this has to be asked for.
-constexpr size_t kSharedByDefault = 48 << 10;
-
 // The shared memory whose size the launch gives, aligned to 16 bytes.
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
@@ -41,6 +38,19 @@ __device__ __forceinline__ T* dynamic_shared() {
 #endif
 }
 
+#ifdef __CUDACC__
+// A launch that gives more shared memory than 48 KiB, less what the kernel's own arrays take, has to
+// ask for it.
+template <typename Kernel>
+cudaError_t ask_for_shared(Kernel* kernel, size_t bytes) {
+  if (bytes == 0) {
+    return cudaSuccess;
+  }
+  return cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+#endif
+
 // Runs `kernel(arguments...)` on the stream; an empty grid is no launch.
 template <typename... Parameters, typename... Arguments>
 void launch(
@@ -50,11 +60,7 @@ void launch(
     return;
   }
 #ifdef __CUDACC__
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kSharedByDefault) {
-    error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  }
+  cudaError_t error = ask_for_shared(kernel, shared_bytes);
   if (error == cudaSuccess) {
     kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
     error = cudaGetLastError();

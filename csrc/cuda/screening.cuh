@@ -68,7 +68,8 @@ __host__ __device__ __forceinline__ bool is_candidate(
   const float rounding = static_cast<float>(D / kWarpSize + 32) * kUnitRoundoff;
   const float bound =
       (x.norm * w.error + x.error * (w.norm + w.error) + rounding * both) * kRoundedUp + kVanishing;
-  return !(estimate + bound <= -bias);
+  // Nothing is ruled out by an infinite bound, not even by a bias of -inf: the sum may be NaN.
+  return !(bound < INFINITY && estimate + bound <= -bias);
 }
 
 // The high and low half of a level of the input: 256 high + low, each within -128..127.

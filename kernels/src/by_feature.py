@@ -53,11 +53,17 @@ def decoder_gradients(
 
 
 def encoder_gradients(
-    row_ptr: Tensor, pairs: ByFeature, da: Tensor, x_TD: Tensor
+    row_ptr: Tensor, pairs: ByFeature, da: Tensor, x_TD: Tensor, *, poison: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """(dW_enc [F,D], db_enc [F]) of given gradients of the activations."""
+    """(dW_enc [F,D], db_enc [F]) of given gradients of the activations.
+
+    Where more fired than fit nothing is written; with `poison` the gradients are NaN then.
+    """
     num_features = len(pairs.col_ptr) - 1
     dW_enc, db_enc = x_TD.new_empty(num_features, x_TD.shape[1]), x_TD.new_empty(num_features)
+    if poison:
+        dW_enc.fill_(torch.nan)
+        db_enc.fill_(torch.nan)
     _launch(row_ptr, pairs, da, x_TD, dW_enc, db_enc=db_enc)
     return dW_enc, db_enc
 

@@ -32,10 +32,13 @@ def encode(
 def encode_backward(
     grad_value_C: Tensor, row_ptr: Tensor, feature: Tensor, x_TD: Tensor, W_enc_FD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (dx [T,D], dW_enc [F,D], db_enc [F]) of packed activations."""
+    """Gradients (dx [T,D], dW_enc [F,D], db_enc [F]) of packed activations.
+
+    NaN where more fired than fit, as in `decode`.
+    """
     pairs = pack.by_feature(row_ptr, feature, W_enc_FD.shape[0])
-    dW_enc, db_enc = by_feature.encoder_gradients(row_ptr, pairs, grad_value_C, x_TD)
-    dx, _ = gather_rows(row_ptr, feature, grad_value_C, W_enc_FD)
+    dW_enc, db_enc = by_feature.encoder_gradients(row_ptr, pairs, grad_value_C, x_TD, poison=True)
+    dx, _ = gather_rows(row_ptr, feature, grad_value_C, W_enc_FD, poison=True)
     return dx, dW_enc, db_enc
 
 
