@@ -143,6 +143,21 @@ def test_shards_hold_the_same_model(tmp_path, monkeypatch):
     assert prepared.info.provenance.fingerprint == mark
 
 
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize("role", ["base", "target"])
+def test_a_models_own_directory_is_not_written_over(tmp_path, role, max_shard_size):
+    trained(tmp_path)
+    model = tmp_path / role
+    AutoModelForCausalLM.from_pretrained(model).save_pretrained(
+        tmp_path / "sharded", max_shard_size=max_shard_size
+    )
+    before = contents(tmp_path)
+    for directory in (model, tmp_path / "sharded"):
+        with pytest.raises(UserError, match="holds a whole model .*give another directory"):
+            convert(tmp_path / "ours", directory, "paper")
+    assert contents(tmp_path) == before
+
+
 def test_a_base_of_its_own_dtype_keeps_it(tmp_path):
     trained(tmp_path)
     path = tmp_path / "base" / "model.safetensors"

@@ -15,6 +15,9 @@ from tca_fast.formats.adapter_set import AdapterSet, Export
 from tca_fast.formats.tensor_files import Entry, write_tensors
 
 
+MODEL_CONFIG_NAME = "config.json"
+
+
 class Format(NamedTuple):
     """A format that adapters are stored in.
 
@@ -88,13 +91,11 @@ def convert(conversion: Conversion, directory: Path) -> None:
     At most one tensor is in memory at a time.
 
     Raises:
-        UserError: the directory is the one that is read, or the files cannot be written or read
-            back otherwise than written. Earlier files are then unchanged.
+        UserError: as `check_destination`, or the files cannot be written or read back otherwise
+            than written. Earlier files are then unchanged.
     """
-    adapters, export = conversion.adapters, conversion.export
-    if directory.resolve() == adapters.directory.resolve():
-        raise UserError(f"{directory}: is what is being read; give another directory to write to")
-    files = _files(adapters, export)
+    check_destination(conversion, directory)
+    export, files = conversion.export, _files(conversion)
     with ExitStack() as stack:
         folders: dict[str, Replacement] = {}
 
@@ -112,6 +113,21 @@ def convert(conversion: Conversion, directory: Path) -> None:
             folder(str(path.parent)).write(path.name, _bytes_writer(contents))
         for files_of_folder in folders.values():
             files_of_folder.commit()
+
+
+def check_destination(conversion: Conversion, directory: Path) -> None:
+    """Check that writing to a directory loses no model of the user's.
+
+    Raises:
+        UserError: it is the one that is read, or it holds a whole model.
+    """
+    if directory.resolve() == conversion.adapters.directory.resolve():
+        raise UserError(f"{directory}: is what is being read; give another directory to write to")
+    if (directory / MODEL_CONFIG_NAME).exists() and not paper.recognises(directory):
+        raise UserError(
+            f"{directory}: holds a whole model ({MODEL_CONFIG_NAME}), which is not written over; "
+            "give another directory"
+        )
 
 
 def _recognise(directory: Path) -> str:
@@ -133,7 +149,8 @@ def readable() -> list[str]:
     return [name for name, known in FORMATS.items() if known.read is not None]
 
 
-def _files(adapters: AdapterSet, export: Export) -> dict[str, list[Entry]]:
+def _files(conversion: Conversion) -> dict[str, list[Entry]]:
+    adapters, export = conversion.adapters, conversion.export
     files = {name: list(entries) for name, entries in export.others.items()}
     for layer in range(adapters.info.num_layers):
         for placement in export.placements(layer):
