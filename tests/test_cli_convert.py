@@ -1,5 +1,8 @@
 """`tca-fast convert`: what is printed, what is written, and one line per mistake."""
 
+import os
+from pathlib import Path
+
 import pytest
 from formats_cases import TOPK, contents, saved
 from test_cli import assert_one_line, run
@@ -22,6 +25,30 @@ def test_a_dry_run_says_what_becomes_what_and_writes_nothing(ours, tmp_path, mon
     assert any(line.startswith("note: decoding to a difference has no") for line in printed)
     assert printed[-1].startswith("nothing was written")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+@pytest.mark.parametrize(
+    ("out", "expected"),
+    [
+        ("ours", "is what is being read"),
+        ("ours/README.md", "is a file; give a directory"),
+        ("ours/README.md/new", "README.md: is a file; give a directory"),
+        ("closed/new", "closed: cannot be written"),
+        ("older", "adapter_config.json of earlier files would stay"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_conversion_refuses(
+    ours, tmp_path, monkeypatch, capsys, out, expected, dry
+):
+    saved(tmp_path / "older")
+    (tmp_path / "closed").mkdir()
+    # The tests may run as root, who may write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: Path(path).name != "closed")
+    before = contents(tmp_path)
+    assert run(monkeypatch, "convert", ours, tmp_path / out, "--to", "saelens", *dry) == 2
+    assert_one_line(capsys, expected)
+    assert contents(tmp_path) == before
 
 
 def test_a_bias_that_is_not_there_is_said_to_be_zeros(tmp_path, monkeypatch, capsys):

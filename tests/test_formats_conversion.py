@@ -76,6 +76,49 @@ def test_other_files_of_the_directory_are_left_alone(tmp_path):
     assert (tmp_path / "out/notes.txt").read_text() == "mine"
 
 
+def deeper(directory, **config):
+    """Adapters of five layers, two more than those of `saved`."""
+    adapted = tca_fast.attach(
+        tiny_qwen2(num_hidden_layers=5), tca_fast.AdapterConfig(num_features=7, **config)
+    )
+    adapted.save_pretrained(directory, Provenance())
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("older", "to", "left"),
+    [
+        ("circuit-tracer", "circuit-tracer", "layer_3.safetensors"),
+        ("sparsify", "sparsify", "layers.3.mlp/sae.safetensors"),
+        ("sparsify", "circuit-tracer", "layers.0.mlp/sae.safetensors"),
+        ("tca_fast", "circuit-tracer", "adapter_config.json"),
+        ("circuit-tracer", "tca_fast", "config.yaml"),
+    ],
+)
+def test_files_that_would_be_read_with_the_new_ones_are_refused(tmp_path, older, to, left):
+    saved(tmp_path / "ours", **TOPK)
+    convert(deeper(tmp_path / "deeper", **TOPK), tmp_path / "out", older)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"out: {re.escape(left)} of earlier files would stay"):
+        convert(tmp_path / "ours", tmp_path / "out", to)
+    assert contents(tmp_path) == before
+
+
+def test_transcoders_of_more_layers_than_are_written_are_refused(tmp_path):
+    saved(tmp_path / "ours")
+    convert(deeper(tmp_path / "deeper"), tmp_path / "out", "saelens")
+    with pytest.raises(UserError, match=r"layer_3/sae_weights\.safetensors of earlier files"):
+        convert(tmp_path / "ours", tmp_path / "out", "saelens")
+
+
+@pytest.mark.parametrize("to", ["tca_fast", "circuit-tracer", "sparsify"])
+def test_a_set_of_the_same_files_is_replaced(tmp_path, to):
+    saved(tmp_path / "ours", **TOPK)
+    convert(deeper(tmp_path / "deeper", **TOPK), tmp_path / "out", to)
+    theirs = contents(convert(tmp_path / "deeper", tmp_path / "new", to))
+    assert contents(convert(tmp_path / "deeper", tmp_path / "out", to)) == theirs
+
+
 def test_preparing_reads_no_values_and_converting_each_tensor_once(tmp_path, monkeypatch):
     saved(tmp_path / "ours", **TOPK)
     from tca_fast.formats import adapter_set

@@ -45,7 +45,8 @@ def convert(
     """Print which tensor becomes which and what is lost, then write and read back.
 
     Raises:
-        UserError: IN is in no format that is read, or the other format cannot hold it.
+        UserError: IN is in no format that is read, the other format cannot hold it, or OUT is no
+            place for it.
     """
     from tca_fast.formats import conversion
 
@@ -56,6 +57,7 @@ def convert(
     console.print(_table(plan))
     for note in (*plan.adapters.notes, *plan.export.notes):
         console.print(Text(f"note: {note}"), soft_wrap=True)
+    conversion.check_destination(plan, destination)
     if dry_run:
         console.print(Text(f"nothing was written; without --dry-run it goes to {destination}"))
         return

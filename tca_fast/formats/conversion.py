@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,10 +13,15 @@ from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
 from tca_fast.formats import circuit_tracer, native, paper, paper_export, saelens, sparsify
 from tca_fast.formats.adapter_set import AdapterSet, Export
+from tca_fast.formats.shards import INDEX_NAME
 from tca_fast.formats.tensor_files import Entry, write_tensors
 
-
-MODEL_CONFIG_NAME = "config.json"
+_MODEL_CONFIG = "config.json"
+# What decides which format a directory holds and how many layers.
+_READ_FROM_A_DIRECTORY = (
+    *(native.CONFIG_NAME, _MODEL_CONFIG, INDEX_NAME, circuit_tracer.CONFIG_NAME),
+    *("*.safetensors", f"*/{saelens.WEIGHTS_NAME}", f"*/{sparsify.WEIGHTS_NAME}"),
+)
 
 
 class Format(NamedTuple):
@@ -116,17 +122,30 @@ def convert(conversion: Conversion, directory: Path) -> None:
 
 
 def check_destination(conversion: Conversion, directory: Path) -> None:
-    """Check that writing to a directory loses no model of the user's.
+    """Check that a directory can be written, loses no model, and then holds one set of adapters.
 
     Raises:
-        UserError: it is the one that is read, or it holds a whole model.
+        UserError: it is the one that is read, a file, not to be written, or it holds a whole model
+            or files of adapters that would stay beside the new ones.
     """
     if directory.resolve() == conversion.adapters.directory.resolve():
         raise UserError(f"{directory}: is what is being read; give another directory to write to")
-    if (directory / MODEL_CONFIG_NAME).exists() and not paper.recognises(directory):
+    if (directory / _MODEL_CONFIG).exists() and not paper.recognises(directory):
         raise UserError(
-            f"{directory}: holds a whole model ({MODEL_CONFIG_NAME}), which is not written over; "
+            f"{directory}: holds a whole model ({_MODEL_CONFIG}), which is not written over; "
             "give another directory"
+        )
+    there = next(path for path in (directory, *directory.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{there}: is a file; give a directory to write to")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{there}: cannot be written; choose a directory that you may write")
+    written = {directory / name for name in (*_files(conversion), *conversion.export.texts)}
+    held = {path for pattern in _READ_FROM_A_DIRECTORY for path in directory.glob(pattern)}
+    if left := sorted(held - written):
+        raise UserError(
+            f"{directory}: {left[0].relative_to(directory)} of earlier files would stay and be "
+            "read with the new ones; remove it or give an empty directory"
         )
 
 
