@@ -73,6 +73,7 @@ def test_there_and_back(ours, tmp_path, monkeypatch):
     ("arguments", "expected"),
     [
         (["--to", "gguf"], "'gguf' is unknown"),
+        (["--to", "saelens", "--backbone", "head"], "--backbone: 'head' is neither base nor"),
         (["--to", "sparsify"], "has no counterpart in sparsify"),
         (["--to", "paper", "--base", "nowhere/at all"], "--base: nowhere/at all is neither"),
     ],

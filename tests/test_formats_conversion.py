@@ -45,6 +45,13 @@ def test_names_that_are_given_replace_those_in_the_files(tmp_path):
     assert config["base_model_name_or_path"] == "org/tuned"
 
 
+def test_a_backbone_that_is_given_replaces_that_in_the_files(tmp_path):
+    saved(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "copy", "tca_fast", backbone="base")
+    config = json.loads((tmp_path / "copy/adapter_config.json").read_text())
+    assert (config["backbone"], config["base_model_name_or_path"]) == ("base", "org/base")
+
+
 def test_a_failed_write_leaves_earlier_files_and_no_others(tmp_path, monkeypatch):
     saved(tmp_path / "ours", **TOPK)
     saved(tmp_path / "theirs", provenance=Provenance(), **TOPK)

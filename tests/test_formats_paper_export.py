@@ -105,13 +105,31 @@ def test_the_tokenizer_is_the_targets(tmp_path, backbone):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("decoder_bias", [True, False])
-def test_there_and_back_is_bit_exact(tmp_path, dtype, decoder_bias):
-    trained(tmp_path, dtype=dtype, decoder_bias=decoder_bias)
+@pytest.mark.parametrize("backbone", ["target", "base"])
+def test_there_and_back_is_bit_exact(tmp_path, dtype, decoder_bias, backbone):
+    adapted = trained(tmp_path, backbone, dtype=dtype, decoder_bias=decoder_bias)
     convert(tmp_path / "ours", tmp_path / "paper", "paper")
-    names = {name: str(tmp_path / name) for name in ("base", "target")}
+    names = {name: str(tmp_path / name) for name in ("base", "target")} | {"backbone": backbone}
     back = contents(convert(tmp_path / "paper", tmp_path / "back", "tca_fast", **names))
     ours = contents(tmp_path / "ours")
     assert back == ours
+    assert torch.equal(logits(load_adapted(tmp_path / "back")), logits(adapted))
+
+
+@pytest.mark.parametrize("backbone", ["target", "base"])
+def test_what_does_not_come_back_by_itself_is_said(tmp_path, backbone):
+    trained(tmp_path, backbone)
+    out = conversion.prepare(tmp_path / "ours", "paper")
+    assert any(f"--base, --target and --backbone {backbone}" in note for note in out.export.notes)
+    conversion.convert(out, tmp_path / "paper")
+
+    def said(**given):
+        notes = conversion.prepare(tmp_path / "paper", "tca_fast", **given).adapters.notes
+        return [option for note in notes for option in note.split() if option.startswith("--")]
+
+    assert said() == ["--base", "--target", "--backbone"]
+    assert said(base="a", target="b") == ["--backbone"]
+    assert said(base="a", target="b", backbone=backbone) == []
 
 
 def test_shards_hold_the_same_model(tmp_path, monkeypatch):

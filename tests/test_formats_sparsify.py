@@ -103,6 +103,8 @@ def test_foreign_files_are_read_with_what_they_leave_open(exported, tmp_path):
     info = prepared.adapters.info
     assert (info.adapter.num_features, info.adapter.k) == (WIDTH, K)
     assert info.provenance.base == "org/mlp"
+    notes = " ".join(prepared.adapters.notes)
+    assert "--target" in notes and "--base" not in notes
     assert prepared.adapters.layers_name == "model.layers"
     assert any("trained to replace the MLP" in note for note in prepared.adapters.notes)
 

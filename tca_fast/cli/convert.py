@@ -38,6 +38,10 @@ def convert(
     target: Annotated[
         str | None, typer.Option(help="Fine-tuned model: directory or hub id.")
     ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Which of them the adapters stand in, where IN does not say: target."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")
     ] = False,
@@ -50,7 +54,7 @@ def convert(
     """
     from tca_fast.formats import conversion
 
-    plan = conversion.prepare(source, to, base=base, target=target)
+    plan = conversion.prepare(source, to, base=base, target=target, backbone=backbone)
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)

@@ -70,6 +70,7 @@ class AdapterSet:
         directory: holds the files.
         placements: of the tensors of a layer.
         notes: what the files leave open, and the consequence.
+        unknown: fields of `Provenance` that the files do not give.
     """
 
     info: CheckpointInfo
@@ -77,6 +78,7 @@ class AdapterSet:
     directory: Path
     placements: Callable[[int], list[Placement]]
     notes: Sequence[str] = ()
+    unknown: Sequence[str] = ()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Our tensors of one layer and their shapes."""
@@ -112,6 +114,7 @@ def open_adapters(
     hidden_size: int,
     layers_name: str = DEFAULT_LAYERS_NAME,
     notes: Sequence[str] = (),
+    unknown: Sequence[str] = (),
     other_keys: Callable[[str], bool] = lambda key: False,
 ) -> AdapterSet:
     """Check every name, shape and dtype in the files against the configuration.
@@ -123,7 +126,7 @@ def open_adapters(
         placements: of the tensors of a layer in the files.
         num_layers, hidden_size: L and D.
         layers_name: dotted path of the decoder layers.
-        notes: passed on to the set.
+        notes, unknown: passed on to the set.
         other_keys: which keys of the files may be left over.
 
     Raises:
@@ -155,7 +158,7 @@ def open_adapters(
         listed = "; ".join(f"{where} is {dtype}" for dtype, where in sorted(dtypes.items()))
         raise UserError(f"{listed}; adapters have one floating dtype, so convert the tensors first")
     info = CheckpointInfo(adapter, provenance, num_layers, hidden_size, next(iter(dtypes)))
-    return AdapterSet(info, layers_name, directory, placements, tuple(notes))
+    return AdapterSet(info, layers_name, directory, placements, tuple(notes), unknown)
 
 
 def _check_tensor(

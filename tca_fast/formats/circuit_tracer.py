@@ -92,6 +92,7 @@ def read(directory: Path) -> AdapterSet:
         hidden_size=headers["b_dec"].shape[0],
         layers_name=origin.layers_name,
         notes=notes,
+        unknown=() if ORIGIN_KEY in config or "model_name" in config else ("base",),
         other_keys=lambda key: key == "b_dec",
     )
 

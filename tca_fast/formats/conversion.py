@@ -24,6 +24,14 @@ _READ_FROM_A_DIRECTORY = (
 )
 
 
+_UNKNOWN = {
+    "base": "the base is not named in the files: name it with --base",
+    "target": "the target is not named in the files: name it with --target",
+    "backbone": "which model was the backbone is not in the files: it is taken to be the target; "
+    "if it was the base, give --backbone base",
+}
+
+
 class Format(NamedTuple):
     """A format that adapters are stored in.
 
@@ -63,7 +71,12 @@ class Conversion(NamedTuple):
 
 
 def prepare(
-    directory: Path, destination: str, *, base: str | None = None, target: str | None = None
+    directory: Path,
+    destination: str,
+    *,
+    base: str | None = None,
+    target: str | None = None,
+    backbone: str | None = None,
 ) -> Conversion:
     """Recognise and check the files of a directory, and place their tensors in another format.
 
@@ -71,12 +84,15 @@ def prepare(
         directory: adapters in any format that is read.
         destination: a name in `FORMATS`.
         base, target: names of the two models; None is what the files say.
+        backbone: which of the two the adapters stand in; None is what the files say.
 
     Raises:
         UserError: the directory holds no known format, or the other cannot hold these adapters.
     """
     if destination not in FORMATS:
         raise UserError(f"--to: {destination!r} is unknown; formats are {', '.join(FORMATS)}")
+    if backbone not in (None, "base", "target"):
+        raise UserError(f"--backbone: {backbone!r} is neither base nor target; give one of them")
     source = _recognise(directory)
     read = FORMATS[source].read
     if read is None:
@@ -87,7 +103,15 @@ def prepare(
         provenance = replace(provenance, base=base, base_revision=None)
     if target is not None:
         provenance = replace(provenance, target=target, target_revision=None)
-    adapters = replace(adapters, info=replace(adapters.info, provenance=provenance))
+    if backbone is not None:
+        provenance = replace(provenance, backbone=backbone)
+    given = {"base": base, "target": target, "backbone": backbone}
+    open_questions = [_UNKNOWN[field] for field in adapters.unknown if given[field] is None]
+    adapters = replace(
+        adapters,
+        info=replace(adapters.info, provenance=provenance),
+        notes=(*adapters.notes, *open_questions),
+    )
     return Conversion(source, destination, adapters, FORMATS[destination].export(adapters))
 
 

@@ -103,10 +103,7 @@ def read(directory: Path) -> AdapterSet:
         placements,
         num_layers=raw["num_hidden_layers"],
         hidden_size=raw["hidden_size"],
-        notes=[
-            "the names of base and target are not in the files: name them with --base and "
-            "--target, or load the adapters onto the model of this directory",
-        ],
+        unknown=("base", "target", "backbone"),
         other_keys=lambda key: "transcoder" not in key,
     )
 

@@ -117,8 +117,9 @@ def _export(
         [
             f"the {len(headers)} tensors of the backbone are copied from {backbone} and the MLPs "
             "of the base, because the format is a whole model",
-            "the names of base and target have no place in the format: coming back, name them "
-            "with --base and --target",
+            "the names of base and target, and which was the backbone, have no place in the "
+            "format: coming back, give them with --base, --target and --backbone "
+            f"{adapters.info.provenance.backbone}",
             "AutoModelForCausalLM drops the adapters of such a directory without an error",
         ],
         others,

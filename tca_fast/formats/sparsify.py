@@ -67,14 +67,15 @@ def read(directory: Path) -> AdapterSet:
     config = configs[0]
     if (directory / ORIGIN_NAME).is_file():
         origin = read_origin(_read_json(directory / ORIGIN_NAME), str(directory / ORIGIN_NAME))
-        notes = []
+        notes: list[str] = []
+        unknown: tuple[str, ...] = ()
     else:
         origin = Origin(Provenance(), f"model.{prefix}", decoder_bias=True)
         notes = [
             "nothing says that these features decode to a difference: an adapter adds to the MLP's "
             "output, so transcoders that were trained to replace the MLP would count it twice",
-            "the model has no counterpart: name it with --base and --target",
         ]
+        unknown = ("base", "target", "backbone")
     if not origin.decoder_bias:
         check_no_decoder_bias(
             directory / f"{prefix}.{layer}.{MLP_NAME}" / WEIGHTS_NAME for layer in range(num_layers)
@@ -95,6 +96,7 @@ def read(directory: Path) -> AdapterSet:
         hidden_size=config["d_in"],
         layers_name=origin.layers_name,
         notes=notes,
+        unknown=unknown,
         other_keys=lambda key: key == "b_dec",
     )
 
