@@ -241,6 +241,22 @@ def test_reading_without_the_model_checks_as_much(released, spoil, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("open_it", "values"),
+    [
+        (read, {"num_attention_heads": "many"}),
+        (read, {"num_attention_heads": 0}),
+        (read, {"hidden_act": "none of these"}),
+        (load_paper_checkpoint, {"num_attention_heads": "many"}),
+    ],
+)
+def test_values_that_transformers_refuses_are_one_line(released, open_it, values):
+    edit(released, **values)
+    with pytest.raises(UserError, match=r"config\.json: is no configuration of Qwen2") as caught:
+        open_it(released)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_fingerprint_is_that_of_the_loaded_model(released):
     expected = fingerprint(load_paper_checkpoint(released).model)
     assert read(released).info.provenance.fingerprint == expected

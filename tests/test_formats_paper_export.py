@@ -264,6 +264,10 @@ ENCODER = "model.layers.0.mlp.transcoder_enc.weight"
         ),
         (lambda d: edit(d / "target", num_hidden_layers=4), "num_hidden_layers is 4, .* have 3"),
         (lambda d: edit(d / "base", hidden_size=32), "hidden_size is 32"),
+        (
+            lambda d: edit(d / "target", num_attention_heads="many"),
+            "target/config.json: is no configuration of Qwen2",
+        ),
         (lambda d: edit(d / "target", model_type="llama"), "model_type is not 'qwen2'"),
         (lambda d: (d / "base/config.json").unlink(), "not readable as JSON"),
         (lambda d: (d / "base/model.safetensors").unlink(), "neither model.safetensors nor"),

@@ -24,7 +24,7 @@ from tca_fast.attachment import AdaptedModel, attach
 from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import AdapterSet, Placement, open_adapters
-from tca_fast.formats.qwen2 import qwen2_fingerprint
+from tca_fast.formats.qwen2 import qwen2_configuration, qwen2_fingerprint
 from tca_fast.formats.shards import WEIGHTS_NAME, read_tensors, weight_files
 from tca_fast.formats.tensor_files import read_headers
 
@@ -99,7 +99,7 @@ def read(directory: Path) -> AdapterSet:
     return open_adapters(
         directory,
         adapter,
-        Provenance(fingerprint=qwen2_fingerprint(raw, files)),
+        Provenance(fingerprint=qwen2_fingerprint(directory, raw, files)),
         placements,
         num_layers=raw["num_hidden_layers"],
         hidden_size=raw["hidden_size"],
@@ -232,7 +232,8 @@ def _build_backbone(
     """A plain Qwen2 model with exactly these tensors."""
     from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config.from_pretrained(directory)
+    with qwen2_configuration(directory):
+        config = Qwen2Config.from_pretrained(directory)
     config.architectures = ["Qwen2ForCausalLM"]
     for key in ("transcoder_n_features", "transcoder_dec_bias"):
         delattr(config, key)

@@ -63,7 +63,7 @@ def export(adapters: AdapterSet) -> Export:
                 )
     files, headers = _assemble(backbone, base)
     expected = info.provenance.fingerprint
-    if expected is not None and qwen2_fingerprint(config, files) != expected:
+    if expected is not None and qwen2_fingerprint(backbone, config, files) != expected:
         raise UserError(
             f"{backbone} with the MLPs of {base} is not the model the adapters were trained "
             "beside; name those models with --base and --target"

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tca_fast.errors import UserError
+from tca_fast.errors import UserError, one_line
 from tca_fast.fingerprint import Fingerprint, fingerprint
 from tca_fast.formats.tensor_files import read_tensor
 
 
-def qwen2_fingerprint(config: Mapping[str, Any], files: Mapping[str, Path]) -> Fingerprint:
+@contextmanager
+def qwen2_configuration(directory: Path) -> Iterator[None]:
+    """What transformers says of the values in a directory's `config.json`, as one line.
+
+    Raises:
+        UserError: the block fails, with whatever error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UserError(
+            f"{directory / 'config.json'}: is no configuration of Qwen2 ({one_line(error)}); "
+            "copy the file again"
+        ) from None
+
+
+def qwen2_fingerprint(
+    directory: Path, config: Mapping[str, Any], files: Mapping[str, Path]
+) -> Fingerprint:
     """What `fingerprint` gives for the loaded model, with two layers in memory.
 
     Args:
-        config: `config.json`.
+        directory: holds `config.json`.
+        config: what it says.
         files: the file of every tensor.
 
     Raises:
-        UserError: a tensor of the first or last layer is missing or misshapen.
+        UserError: a value in `config.json` that Qwen2 cannot have, or a tensor of the first or last
+            layer is missing or misshapen.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -33,7 +54,7 @@ def qwen2_fingerprint(config: Mapping[str, Any], files: Mapping[str, Path]) -> F
         for key, value in config.items()
         if key not in ("layer_types", "bos_token_id", "eos_token_id", "pad_token_id")
     } | {"num_hidden_layers": len(ends), "vocab_size": 1}
-    with torch.device("meta"):
+    with qwen2_configuration(directory), torch.device("meta"):
         model = Qwen2ForCausalLM(Qwen2Config.from_dict(small))
     for layer, module in zip(ends, model.model.layers, strict=True):
         tensors = {}
