@@ -18,6 +18,7 @@ from formats_cases import (
 )
 from safetensors.torch import load_file, save_file
 
+from tca_fast.adapter_config import Provenance
 from tca_fast.errors import UserError
 from tca_fast.formats import conversion
 
@@ -92,6 +93,13 @@ def test_there_and_back_is_bit_exact(tmp_path, dtype, config):
     assert back == ours
 
 
+def test_no_model_is_said_once(tmp_path):
+    saved(tmp_path / "ours", provenance=Provenance())
+    notes = conversion.prepare(tmp_path / "ours", "circuit-tracer").export.notes
+    assert any("no model is known" in note for note in notes)
+    assert not any("model_name is" in note for note in notes)
+
+
 def test_a_foreign_set_is_read_with_what_it_leaves_open(exported, tmp_path):
     edit(exported, tca_fast=None, activation=None)
     prepared = conversion.prepare(exported, "tca_fast")
@@ -127,7 +135,8 @@ def edit_record(directory, **changes):
         (lambda d: edit(d, feature_input_hook="ln2.hook_normalized"), "reads the input of the MLP"),
         (lambda d: edit(d, feature_output_hook="hook_resid_post"), "feature_output_hook is"),
         (lambda d: edit(d, activation="jumprelu"), "activation is 'jumprelu'"),
-        (lambda d: edit(d, activation="topk"), "needs k"),
+        (lambda d: edit(d, activation="topk"), r"config\.yaml: .*needs k"),
+        (lambda d: edit(d, activation="topk", k="many"), r"config\.yaml: .*'many' does not fit"),
         (lambda d: edit(d, transcoders=["hf://a/b/c.safetensors"]), "names files elsewhere"),
         (lambda d: edit(d, tca_fast={"base": 3}), "record of tca_fast does not fit"),
         (lambda d: edit_record(d, backbone="head"), "record of tca_fast .*backbone 'head'"),

@@ -151,6 +151,7 @@ def test_writing_onto_what_is_read_is_refused(tmp_path):
     ("make", "message"),
     [
         (lambda d: None, "no such directory"),
+        (lambda d: d.write_text(""), "in: is a file; give its directory"),
         (lambda d: d.mkdir(), "holds no format that is read.*found nothing"),
         (lambda d: tiny_qwen2().save_pretrained(d), "holds no format that is read.*config.json"),
     ],
@@ -160,6 +161,13 @@ def test_what_is_not_recognised_is_one_line(tmp_path, make, message):
     with pytest.raises(UserError, match=message) as caught:
         conversion.prepare(tmp_path / "in", "tca_fast")
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_there_are_said_to_be_missing(tmp_path):
+    saved(tmp_path / "ours")
+    (tmp_path / "ours/adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: is missing; copy"):
+        conversion.prepare(tmp_path / "ours", "saelens")
 
 
 def test_an_unknown_format_names_the_known_ones(tmp_path):

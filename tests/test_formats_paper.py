@@ -226,6 +226,10 @@ def test_what_does_not_fit_is_one_line_that_names_it(released, spoil, message):
             r"shape \[7, 24\], expected of shape \[8, 24\]",
         ),
         (lambda d: edit(d, transcoder_dec_bias=False), "dec.bias is not called for"),
+        (
+            lambda d: edit(d, transcoder_n_features=-3),
+            r"released/config\.json: .*transcoder_n_features: -3 does not fit",
+        ),
         (lambda d: edit(d, num_hidden_layers=2), "layers.2.*is not called for"),
         (lambda d: edit(d, num_hidden_layers=4), "layers.3.*is in none of the files"),
         (lambda d: change(d, lambda t: t.pop(ENCODER)), "transcoder_enc.weight is missing"),

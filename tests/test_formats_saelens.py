@@ -84,5 +84,5 @@ def test_topk_is_refused(tmp_path):
 def test_reading_is_refused(tmp_path):
     saved(tmp_path / "ours")
     directory = convert(tmp_path / "ours", tmp_path / "sae", "saelens")
-    with pytest.raises(UserError, match="saelens files are written and not read"):
+    with pytest.raises(UserError, match="saelens files are written and not read; give"):
         conversion.prepare(directory, "tca_fast")

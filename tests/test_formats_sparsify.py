@@ -130,6 +130,7 @@ def edit(directory, layers=range(LAYERS), **changes):
         (lambda d: edit(d, skip_connection=True), "skip_connection is True"),
         (lambda d: edit(d, transcode=False), "an autoencoder reads what it writes"),
         (lambda d: edit(d, k=None), "k is None"),
+        (lambda d: edit(d, k=FEATURES + 1), r"0\.mlp/cfg\.json: .*k=8 exceeds num_latents=7"),
         (lambda d: edit(d, d_in=None), "has no d_in"),
         (lambda d: edit(d, [1], k=3), "k is 3 in layer 1 and 2 in layer 0"),
         (lambda d: edit(d, num_latents=None, expansion_factor=None), "neither num_latents nor"),

@@ -104,6 +104,26 @@ class AdapterSet:
         return Entry(placement.key, header(turned, self.info.dtype), read)
 
 
+def foreign_config(
+    path: Path, *, num_features_key: str = "num_features", **fields: Any
+) -> AdapterConfig:
+    """The adapter configuration that a foreign file calls for.
+
+    Args:
+        path: the file.
+        num_features_key: what it calls `num_features`.
+        fields: of `AdapterConfig`.
+
+    Raises:
+        UserError: the fields do not fit; the message names the file and its own key.
+    """
+    try:
+        return AdapterConfig(**fields)
+    except UserError as error:
+        said = str(error).replace("num_features", num_features_key)
+        raise UserError(f"{path}: {said}") from None
+
+
 def open_adapters(
     directory: Path,
     adapter: AdapterConfig,

@@ -19,7 +19,6 @@ from typing import Any
 import yaml
 
 from tca_fast.adapter_config import Provenance
-from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import (
     DEFAULT_LAYERS_NAME,
@@ -29,6 +28,7 @@ from tca_fast.formats.adapter_set import (
     Origin,
     Placement,
     check_no_decoder_bias,
+    foreign_config,
     open_adapters,
     origin_record,
     read_origin,
@@ -76,7 +76,8 @@ def read(directory: Path) -> AdapterSet:
         check_no_decoder_bias(
             directory / f"layer_{layer}.safetensors" for layer in range(num_layers)
         )
-    adapter = AdapterConfig(
+    adapter = foreign_config(
+        directory / CONFIG_NAME,
         num_features=headers["b_enc"].shape[0],
         activation=config.get("activation") or "relu",
         k=config.get("k"),
@@ -111,7 +112,7 @@ def export(adapters: AdapterSet) -> Export:
         notes.append("no model is known: circuit-tracer then needs --model")
     else:
         config["model_name"] = model
-    if provenance.backbone == "target":
+    if model is not None and provenance.backbone == "target":
         notes.append(
             "the base's MLPs have no counterpart: model_name is the target, whose own MLPs are "
             "not those the adapters were trained beside"

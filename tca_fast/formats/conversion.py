@@ -96,7 +96,9 @@ def prepare(
     source = _recognise(directory)
     read = FORMATS[source].read
     if read is None:
-        raise UserError(f"{directory}: {source} files are written and not read")
+        raise UserError(
+            f"{directory}: {source} files are written and not read; give what they were made of"
+        )
     adapters = read(directory)
     provenance = adapters.info.provenance
     if base is not None:
@@ -174,6 +176,8 @@ def check_destination(conversion: Conversion, directory: Path) -> None:
 
 
 def _recognise(directory: Path) -> str:
+    if directory.is_file():
+        raise UserError(f"{directory}: is a file; give its directory")
     if not directory.is_dir():
         raise UserError(
             f"{directory}: no such directory; give one with adapters (hf download gets one)"

@@ -23,7 +23,7 @@ from tca_fast.adapter_config import Provenance
 from tca_fast.attachment import AdaptedModel, attach
 from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
-from tca_fast.formats.adapter_set import AdapterSet, Placement, open_adapters
+from tca_fast.formats.adapter_set import AdapterSet, Placement, foreign_config, open_adapters
 from tca_fast.formats.qwen2 import qwen2_configuration, qwen2_fingerprint
 from tca_fast.formats.shards import WEIGHTS_NAME, read_tensors, weight_files
 from tca_fast.formats.tensor_files import read_headers
@@ -77,7 +77,7 @@ def read(directory: Path) -> AdapterSet:
     """
     raw = _read_config(directory)
     files = {key: path for path in weight_files(directory) for key in read_headers(path)}
-    adapter = _adapter_config(raw)
+    adapter = _adapter_config(raw, directory)
     names = [name for name in _SUFFIXES if name != "b_dec" or adapter.decoder_bias]
     somewhere = next(iter(files.values()), directory / WEIGHTS_NAME)
     expected = {
@@ -124,7 +124,7 @@ def read_paper_checkpoint(
     directory = Path(directory)
     raw = _read_config(directory)
     tensors = read_tensors(weight_files(directory), is_adapter_tensor)
-    return _adapter_config(raw), _adapter_layers(raw, tensors, directory)
+    return _adapter_config(raw, directory), _adapter_layers(raw, tensors, directory)
 
 
 def load_paper_checkpoint(
@@ -149,7 +149,7 @@ def load_paper_checkpoint(
     layers = _adapter_layers(raw, tensors, directory)
     backbone = {key: tensor for key, tensor in tensors.items() if not is_adapter_tensor(key)}
     model = _build_backbone(directory, backbone, dtype)
-    adapted = attach(model, _adapter_config(raw), dtype=layers[0]["W_enc"].dtype)
+    adapted = attach(model, _adapter_config(raw, directory), dtype=layers[0]["W_enc"].dtype)
     with torch.no_grad():
         for index, adapter in enumerate(adapted.layers):
             for name, parameter in adapter.named_parameters():
@@ -184,8 +184,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _adapter_config(raw: dict[str, Any]) -> AdapterConfig:
-    return AdapterConfig(
+def _adapter_config(raw: dict[str, Any], directory: Path) -> AdapterConfig:
+    return foreign_config(
+        directory / "config.json",
+        num_features_key="transcoder_n_features",
         num_features=raw["transcoder_n_features"],
         activation="relu",
         k=None,

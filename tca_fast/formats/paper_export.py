@@ -49,7 +49,7 @@ def export(adapters: AdapterSet) -> Export:
     if info.adapter.activation != "relu":
         raise UserError(
             f"activation: {info.adapter.activation!r} has no counterpart in the paper's format, "
-            "which has ReLU only"
+            "which has ReLU only; use sparsify or circuit-tracer"
         )
     base, target = (_model_directory(role, info.provenance) for role in ("base", "target"))
     backbone, other = (target, base) if info.provenance.backbone == "target" else (base, target)

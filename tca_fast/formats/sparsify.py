@@ -21,7 +21,6 @@ from typing import Any
 
 from tca_fast.adapter_config import Provenance
 from tca_fast.attachment import MLP_NAME
-from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import (
     AdapterSet,
@@ -29,6 +28,7 @@ from tca_fast.formats.adapter_set import (
     Origin,
     Placement,
     check_no_decoder_bias,
+    foreign_config,
     open_adapters,
     origin_record,
     read_origin,
@@ -80,7 +80,9 @@ def read(directory: Path) -> AdapterSet:
         check_no_decoder_bias(
             directory / f"{prefix}.{layer}.{MLP_NAME}" / WEIGHTS_NAME for layer in range(num_layers)
         )
-    adapter = AdapterConfig(
+    adapter = foreign_config(
+        directory / f"{prefix}.0.{MLP_NAME}" / CONFIG_NAME,
+        num_features_key="num_latents",
         num_features=config.get("num_latents") or config["d_in"] * config["expansion_factor"],
         activation="topk",
         k=config["k"],

@@ -153,6 +153,8 @@ def _item_size(code: str) -> int:
 def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
+    if not path.exists():
+        raise UserError(f"{path}: is missing; copy or download it again")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
