@@ -189,6 +189,14 @@ class TestSwitching:
         assert [sorted(step.layers) for step in recording.steps] == [[0, 1, 2]]
         assert recording.layer(1).num_features == 12
 
+    def test_an_adapter_for_every_row_is_refused(self, model):
+        model, prompt = model[0], batch()["input_ids"]
+        for run in (model, model.generate):
+            with pytest.raises(UserError, match=r"adapter_names: \['two'.*set_adapter") as caught:
+                run(input_ids=prompt, adapter_names=["two", "__base__"])
+            assert "\n" not in str(caught.value)
+        assert torch.equal(model(input_ids=prompt, adapter_names=None).logits, model(prompt).logits)
+
     def test_each_is_saved_under_its_name(self, model, tmp_path):
         model, one, two = model
         model.save_pretrained(tmp_path / "both")

@@ -139,6 +139,17 @@ class TranscoderAdapterModel(BaseTuner):
         # PEFT's own moves a Linear's weight along; an MLP goes as a whole.
         setattr(parent, child_name, new_module)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse what PEFT would drop without a word: an adapter for every row of a batch."""
+        if kwargs.get("adapter_names") is not None:
+            raise UserError(
+                f"adapter_names: {kwargs['adapter_names']!r} cannot be used here, because all rows "
+                "of a batch run with the same adapters; call set_adapter(name) and run the rows of "
+                "each adapter apart"
+            )
+        yield
+
     def _check_merge_allowed(self) -> None:
         raise UserError(NO_MERGE)
 
