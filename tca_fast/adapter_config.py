@@ -20,6 +20,8 @@ from tca_fast.errors import UserError
 from tca_fast.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from tca_fast.config import AdapterConfig
 
 CONFIG_NAME = "adapter_config.json"
@@ -35,6 +37,8 @@ PEFT_TYPE_IN_FILES = (
 FORMAT_VERSION = 1
 
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
+_DONOR = "_tca_fast_mlps_of"
+_PAPER_KEY = "transcoder_n_features"
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,30 @@ class Provenance:
     target_revision: str | None = None
     backbone: str = "target"
     fingerprint: Fingerprint | None = None
+
+
+def provenance_of(model: PreTrainedModel) -> Provenance:
+    """Which models fresh adapters on `model` belong to, as far as it says.
+
+    Args:
+        model: with or without adapters.
+
+    Returns:
+        The model itself as base and backbone; for a hybrid (see `mark_hybrid`) the models it was
+        put together from; nothing where the model has no name, or where its files are a hybrid
+        that does not say of which models (the paper's format).
+    """
+    name = getattr(model, "name_or_path", None) or None
+    if hasattr(model, _DONOR):
+        return Provenance(base=getattr(model, _DONOR), target=name)
+    if name is None or hasattr(model.config, _PAPER_KEY) or _PAPER_KEY in _model_config(Path(name)):
+        return Provenance()
+    return Provenance(base=name, backbone="base")
+
+
+def mark_hybrid(model: PreTrainedModel, donor: PreTrainedModel) -> None:
+    """Keep in `model`, whose MLPs are those of `donor` now, where they come from."""
+    setattr(model, _DONOR, getattr(donor, "name_or_path", None) or None)
 
 
 @dataclass(frozen=True)
@@ -198,11 +226,7 @@ def _nothing_here(directory: Path) -> str:
     """Why a directory without `adapter_config.json` cannot be loaded, and what to do."""
     if not directory.is_dir():
         return f"directory: {directory} does not exist; give a directory with {CONFIG_NAME}"
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
-    if isinstance(config, dict) and "transcoder_n_features" in config:
+    if _PAPER_KEY in _model_config(directory):
         return (
             f"directory: {directory} is a whole model in the paper's format; use "
             "tca_fast.formats.paper.load_paper_checkpoint"
@@ -212,3 +236,12 @@ def _nothing_here(directory: Path) -> str:
         f"directory: no adapter in {directory}: expected {CONFIG_NAME} and {WEIGHTS_NAME}, found "
         f"{found}; give the directory that save_pretrained wrote"
     )
+
+
+def _model_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a directory; empty where it has none."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -29,6 +29,7 @@ from tca_fast.adapter_config import (
     CheckpointInfo,
     Provenance,
     adapter_config_json,
+    provenance_of,
     read_adapter_config,
     target_modules,
     tensor_shapes,
@@ -63,14 +64,14 @@ def save_pretrained(
         adapted: model with adapters.
         directory: created if missing.
         provenance: names for `adapter_config.json` and the model card; None is what the adapters
-            were loaded with.
+            were loaded with, and for fresh ones what the model says, see `provenance_of`.
 
     Raises:
         UserError: the files cannot be written (full disk, no permission) or do not read back as
             written; files of an earlier save are then still whole.
     """
     directory = Path(directory)
-    provenance = provenance or adapted.provenance or Provenance()
+    provenance = provenance or adapted.provenance or provenance_of(adapted.model)
     if provenance.fingerprint is None:
         provenance = replace(provenance, fingerprint=fingerprint(adapted.model))
     layers_name = decoder_parts(adapted.model).layers_name

@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiny import batch, randomise, tiny_llama, tiny_qwen2
 from torch.nn import functional as F
+from transformers import Qwen2ForCausalLM
 
+import tca_fast
 from tca_fast import AdapterConfig, UserError
 from tca_fast.bridging.objective import sample_cutoffs
 from tca_fast.bridging.pair import check_pair, check_tokenizers
@@ -127,6 +129,55 @@ def test_a_checkpoint_brings_its_models_along(tmp_path, backbone):
     with pytest.raises(UserError, match="does not say which model it was; pass base="):
         load_adapted(tmp_path / "b")
     assert torch.equal(load_adapted(tmp_path / "b", **names).model(inputs).logits, expected)
+
+
+def named_models(root, roles):
+    """Models loaded from directories, so that they know their names."""
+    for seed, role in enumerate(roles, 1):
+        tiny_qwen2(seed=seed).save_pretrained(root / role)
+    return [Qwen2ForCausalLM.from_pretrained(root / role).eval() for role in roles]
+
+
+def test_adapters_attached_to_a_plain_model_need_no_target(tmp_path):
+    from tca_fast.adapter_config import read_adapter_config
+
+    (model,) = named_models(tmp_path, ["only"])
+    adapted = tca_fast.attach(model, CONFIG)
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "a")
+    found = read_adapter_config(tmp_path / "a").provenance
+    assert (found.base, found.target, found.backbone) == (str(tmp_path / "only"), None, "base")
+    inputs = batch()["input_ids"]
+    expected = adapted.model(inputs).logits
+    assert torch.equal(load_adapted(tmp_path / "a").model(inputs).logits, expected)
+    (tmp_path / "only").rename(tmp_path / "moved")
+    loaded = load_adapted(tmp_path / "a", base=str(tmp_path / "moved"))
+    assert torch.equal(loaded.model(inputs).logits, expected)
+
+    with pytest.raises(UserError, match="fingerprint.*load .*only, or") as caught:
+        tca_fast.load(tiny_qwen2(seed=2), tmp_path / "a")
+    assert "hybrid" not in str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["build_streams", "load_adapted"])
+def test_fresh_adapters_on_a_hybrid_are_saved_with_both_its_models(tmp_path, way):
+    from tca_fast.adapter_config import read_adapter_config
+
+    adapted = build_streams(*named_models(tmp_path, ["base", "target"]), CONFIG).adapted
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "a")
+    if way == "load_adapted":
+        adapted = load_adapted(tmp_path / "a")
+        adapted.add("fresh", CONFIG)
+        adapted.use("fresh")
+        randomise(adapted, seed=5)
+        adapted.save_pretrained(tmp_path / "a")
+    found = read_adapter_config(tmp_path / "a").provenance
+    names = [str(tmp_path / "base"), str(tmp_path / "target"), "target"]
+    assert [found.base, found.target, found.backbone] == names
+    inputs = batch()["input_ids"]
+    expected = adapted.model(inputs).logits
+    assert torch.equal(load_adapted(tmp_path / "a").model(inputs).logits, expected)
 
 
 def by_hand(front, back, cutoff, input_ids, attention_mask):

@@ -93,6 +93,27 @@ def test_the_files_are_what_peft_and_transformers_expect(saved):
     assert card.startswith("---\nbase_model: org/target\n") and "org/base" in card
 
 
+def test_a_model_in_the_papers_format_is_not_recorded_as_a_base(tmp_path):
+    # It is a hybrid, and its files do not say of which models.
+    (tmp_path / "config.json").write_text(json.dumps({"transcoder_n_features": 4}))
+    adapted = make_adapted()
+    adapted.model.name_or_path = str(tmp_path)
+    adapted.save_pretrained(tmp_path / "a")
+    found = read_adapter_config(tmp_path / "a").provenance
+    assert found == Provenance(fingerprint=fingerprint(make_model()))
+
+
+def test_the_card_of_adapters_on_a_plain_model_names_it(tmp_path):
+    adapted = make_adapted()
+    adapted.model.name_or_path = "org/plain"
+    adapted.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/plain"
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nbase_model: org/plain\n")
+    assert "attach to org/plain." in card and "hybrid" not in card
+
+
 def test_a_save_leaves_other_files_alone(saved):
     (saved / "training_state.json").write_text("kept")
     make_adapted(seed=2).save_pretrained(saved, PROVENANCE)

@@ -13,7 +13,7 @@ from zoo import ZOO, make
 
 import tca_fast
 from tca_fast import activations, sparsity
-from tca_fast.adapter_config import PEFT_TYPE_IN_FILES, Provenance
+from tca_fast.adapter_config import PEFT_TYPE_IN_FILES, Provenance, mark_hybrid
 from tca_fast.errors import UserError
 
 pytest.importorskip("peft", reason="pip install 'peft>=0.21'")
@@ -133,6 +133,39 @@ def test_a_checkpoint_that_peft_made_knows_its_model(tmp_path):
         tca_fast.load(make_model(seed=9), tmp_path)
     # The same config may serve another model afterwards.
     get_peft_model(make_model(seed=9), config)
+
+
+def test_either_side_records_a_named_model_alike(tmp_path):
+    for name, model in (("plain", make_model()), ("hybrid", make_model())):
+        model.name_or_path = f"org/{name}"
+        if name == "hybrid":
+            mark_hybrid(model, make_model(seed=9))
+        ours = tca_fast.attach(model, tca_fast.AdapterConfig(num_features=20))
+        ours.save_pretrained(tmp_path / "ours")
+        tca_fast.detach(model)
+        config = TranscoderAdapterConfig(num_features=20)
+        get_peft_model(model, config).save_pretrained(tmp_path / "theirs")
+        ours, theirs = ((tmp_path / side / CONFIG).read_bytes() for side in ("ours", "theirs"))
+        assert ours == theirs
+        assert json.loads(ours)["backbone"] == {"plain": "base", "hybrid": "target"}[name]
+
+
+def test_adapters_on_a_plain_model_come_back_without_a_target(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    make_model().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    model = get_peft_model(model, TranscoderAdapterConfig(num_features=20))
+    for layer in peft_layers(model):
+        torch.nn.init.normal_(layer.adapter["default"].W_dec)
+    model.save_pretrained(tmp_path / "adapter")
+    for load in (
+        from_pretrained,
+        tca_fast.load_adapted,
+        AutoPeftModelForCausalLM.from_pretrained,
+        AutoModelForCausalLM.from_pretrained,
+    ):
+        assert torch.equal(logits(load(tmp_path / "adapter")), logits(model))
 
 
 def test_adapters_cast_in_memory_are_saved_as_they_are(saved, tmp_path):

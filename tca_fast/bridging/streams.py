@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tca_fast import checkpoint
+from tca_fast.adapter_config import mark_hybrid
 from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
 from tca_fast.bridging.pair import ACCEPTABLE, check_pair, check_tokenizers
 from tca_fast.bridging.placement import Place, placed, placed_as_loaded
@@ -83,6 +84,7 @@ def take_mlps(model: PreTrainedModel, donor: PreTrainedModel) -> None:
     layers, donors = decoder_parts(model).layers, decoder_parts(donor).layers
     for layer, donor_layer in zip(layers, donors, strict=True):
         setattr(layer, MLP_NAME, getattr(donor_layer, MLP_NAME))
+    mark_hybrid(model, donor)
 
 
 def _end_like(base: PreTrainedModel, target: PreTrainedModel) -> None:
@@ -187,7 +189,8 @@ def load_adapted(
 
     Args:
         directory: written by `save_pretrained` or a training run, or a hub id.
-        base, target: where the two models are now; None is where they were in training.
+        base, target: where the two models are now; None is where they were in training. With
+            backbone "base" there need not be a target; one that is named says where to stop.
         revision: of the adapters' hub repository.
         dtype: of the frozen weights, as in `PairConfig`.
         device: where the model goes.
@@ -223,11 +226,13 @@ def load_backbone(
 
     origin = checkpoint.read_adapter_config(directory).provenance
     base, target = base or origin.base, target or origin.target
-    if base is None or target is None:
+    if base is None or (target is None and origin.backbone == "target"):
         role = "base" if base is None else "target"
         raise UserError(f"{role}: {directory} does not say which model it was; pass {role}=…")
-    pair = PairConfig(base=base, target=target, dtype=dtype)
+    pair = PairConfig(base=base, target=target or base, dtype=dtype)
     donor = load_model("base", base, origin.base_revision, pair, device)
+    if target is None:
+        return donor.eval()
     model = load_model("target", target, origin.target_revision, pair, device)
     if origin.backbone == "target":
         check_pair(donor.config, model.config, accept=ACCEPTABLE)

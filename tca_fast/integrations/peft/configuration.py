@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from tca_fast.adapter_config import (
     Provenance,
     adapter_config_json,
     parse_adapter_config,
+    provenance_of,
     target_modules,
 )
 from tca_fast.attachment import decoder_parts
@@ -39,7 +40,8 @@ class TranscoderAdapterConfig(PeftConfig):
         num_features, activation, k, decoder_bias: as in `tca_fast.AdapterConfig`.
         seed: of fresh encoder weights; not saved.
         base, base_revision, target, target_revision, backbone: as in `adapter_config.Provenance`.
-            Without any of them the model at hand is recorded as base and backbone.
+            Without any of them the model at hand is recorded as base and backbone, and the two
+            models of a hybrid as what they are.
         fingerprint: of the model that the adapters belong to; None accepts any of their shape.
         target_modules: the MLPs of all decoder layers; adapters stand beside every one.
         num_layers, hidden_size: L and D.
@@ -115,7 +117,10 @@ class TranscoderAdapterConfig(PeftConfig):
             marks: its fingerprint.
         """
         parts = decoder_parts(model)
-        if self.base is None and self.target is None:
+        found = provenance_of(model)
+        if self.base is None and self.target is None and found.target is not None:
+            provenance = replace(found, fingerprint=marks)
+        elif self.base is None and self.target is None:
             name = self.base_model_name_or_path
             provenance = Provenance(name, self.revision, backbone="base", fingerprint=marks)
         else:
