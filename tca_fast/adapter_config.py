@@ -60,6 +60,18 @@ class Provenance:
     backbone: str = "target"
     fingerprint: Fingerprint | None = None
 
+    def __post_init__(self) -> None:
+        """Check the backbone.
+
+        Raises:
+            UserError: it is neither of the two models.
+        """
+        if self.backbone not in ("base", "target"):
+            raise UserError(
+                f"backbone {self.backbone!r} is neither 'base' nor 'target'; name the one that "
+                "gives everything but the MLPs"
+            )
+
 
 def provenance_of(model: PreTrainedModel) -> Provenance:
     """Which models fresh adapters on `model` belong to, as far as it says.
@@ -176,6 +188,16 @@ def tensor_shapes(adapter: AdapterConfig, hidden_size: int) -> dict[str, tuple[i
     return shapes | ({"b_dec": (hidden_size,)} if adapter.decoder_bias else {})
 
 
+def check_dtype(dtype: str) -> None:
+    """Refuse what is no dtype of adapters.
+
+    Raises:
+        UserError: names those there are.
+    """
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype is {dtype!r}; known are {', '.join(_DTYPES)}")
+
+
 def parse_adapter_config(config: Mapping[str, Any], path: Path | str) -> CheckpointInfo:
     """Check the entries of `adapter_config.json`, read from `path`.
 
@@ -184,19 +206,19 @@ def parse_adapter_config(config: Mapping[str, Any], path: Path | str) -> Checkpo
     """
     from tca_fast.config import AdapterConfig
 
-    version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format_version {version!r} is newer than {FORMAT_VERSION}, the newest that "
-            "this tca_fast reads; upgrade tca_fast"
-        )
-
     def get(name: str, kind: type | tuple[type, ...]) -> Any:
         value = config.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        fits = isinstance(value, kind) and not isinstance(value, bool)
+        # All whole numbers here count from one.
+        if not fits or (kind is int and value < 1):
             raise UserError(f"{path}: {name} is {value!r}, which does not fit; save it again")
         return value
 
+    if (version := get("format_version", int)) > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format_version {version} is newer than {FORMAT_VERSION}, the newest that "
+            "this tca_fast reads; upgrade tca_fast"
+        )
     text = (str, type(None))
     try:
         adapter = AdapterConfig(**{name: config[name] for name in AdapterConfig.model_fields})
@@ -205,20 +227,20 @@ def parse_adapter_config(config: Mapping[str, Any], path: Path | str) -> Checkpo
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     marks = get("fingerprint", (dict, type(None)))
-    if marks is not None and {"mlp", "rest"} - marks.keys():
+    if marks is not None and not all(isinstance(marks.get(key), str) for key in ("mlp", "rest")):
         raise UserError(f"{path}: fingerprint lacks mlp or rest; save the adapters again")
-    provenance = Provenance(
-        base=get("base", text),
-        base_revision=get("base_revision", text),
-        target=get("target", text),
-        target_revision=get("target_revision", text),
-        backbone=get("backbone", str),
-        fingerprint=Fingerprint(marks["mlp"], marks["rest"]) if marks else None,
-    )
-    if get("dtype", str) not in _DTYPES:
-        raise UserError(f"{path}: dtype is {config['dtype']!r}; known are {', '.join(_DTYPES)}")
+    names = {
+        name: get(name, text) for name in ("base", "base_revision", "target", "target_revision")
+    }
+    mark = Fingerprint(marks["mlp"], marks["rest"]) if marks else None
+    backbone, dtype = get("backbone", str), get("dtype", str)
+    try:
+        provenance = Provenance(**names, backbone=backbone, fingerprint=mark)
+        check_dtype(dtype)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return CheckpointInfo(
-        adapter, provenance, get("num_layers", int), get("hidden_size", int), config["dtype"]
+        adapter, provenance, get("num_layers", int), get("hidden_size", int), dtype
     )
 
 

@@ -197,6 +197,11 @@ class TestFailedSave:
         with pytest.raises(UserError, match="taken: cannot be written.*give a directory"):
             make_adapted().save_pretrained(tmp_path / "taken")
 
+    def test_a_backbone_there_is_not_is_refused_before_anything_is_written(self, tmp_path):
+        with pytest.raises(UserError, match="backbone 'both' is neither 'base' nor 'target'"):
+            make_adapted().save_pretrained(tmp_path, Provenance("org/base", backbone="both"))
+        assert not list(tmp_path.iterdir())
+
     def test_a_write_that_does_not_read_back(self, saved, monkeypatch):
         before = contents(saved)
 
@@ -232,7 +237,11 @@ class TestRefusedLoad:
             (lambda d: edit_config(d, k=3), "k=3 has no meaning"),
             (lambda d: edit_config(d, format_version=2), "format_version 2 is newer than 1"),
             (lambda d: edit_config(d, peft_type="LORA"), "peft_type is 'LORA'"),
-            (lambda d: edit_config(d, dtype="int8"), "dtype is 'int8'"),
+            (lambda d: edit_config(d, format_version=None), "format_version is None, which does"),
+            (lambda d: edit_config(d, dtype="int8"), "json: dtype is 'int8'"),
+            (lambda d: edit_config(d, backbone="both"), "json: backbone 'both' is neither 'base'"),
+            (lambda d: edit_config(d, num_layers=0), "num_layers is 0, which does not fit"),
+            (lambda d: edit_config(d, fingerprint={"mlp": 1, "rest": "a"}), "fingerprint lacks"),
             (lambda d: edit_config(d, num_layers="3"), "num_layers is '3'"),
             (lambda d: edit_config(d, num_layers=4), "num_layers.*trained with 4.*has 3"),
             (lambda d: edit_config(d, hidden_size=8), "hidden_size.*trained with 8.*has 24"),

@@ -397,9 +397,18 @@ class TestMistakes:
         with pytest.raises(UserError, match="target_modules: 'q_proj'; leave it out"):
             TranscoderAdapterConfig(target_modules="q_proj")
 
-    def test_a_value_that_does_not_fit_is_one_line(self):
-        with pytest.raises(UserError, match="topk.*needs k"):
-            TranscoderAdapterConfig(activation="topk")
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"activation": "topk"}, "topk.*needs k"),
+            ({"base": "m", "backbone": "both"}, "backbone 'both' is neither 'base' nor 'target'"),
+            ({"dtype": "bf16"}, "dtype is 'bf16'; known are .*bfloat16"),
+        ],
+    )
+    def test_a_value_that_does_not_fit_is_one_line(self, values, message):
+        with pytest.raises(UserError, match=message) as caught:
+            TranscoderAdapterConfig(**values)
+        assert "\n" not in str(caught.value)
 
     def test_a_newer_format_is_refused(self, saved):
         config = json.loads((saved / CONFIG).read_text())

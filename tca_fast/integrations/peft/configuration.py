@@ -15,6 +15,7 @@ from tca_fast.adapter_config import (
     CheckpointInfo,
     Provenance,
     adapter_config_json,
+    check_dtype,
     parse_adapter_config,
     provenance_of,
     target_modules,
@@ -78,6 +79,8 @@ class TranscoderAdapterConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.TRANSCODER_ADAPTER
         self.adapter()
+        self._named()
+        check_dtype(self.dtype)
         if self.from_file:
             self.info()
         elif self.target_modules is not None:
@@ -124,17 +127,16 @@ class TranscoderAdapterConfig(PeftConfig):
             name = self.base_model_name_or_path
             provenance = Provenance(name, self.revision, backbone="base", fingerprint=marks)
         else:
-            provenance = Provenance(
-                self.base,
-                self.base_revision,
-                self.target,
-                self.target_revision,
-                self.backbone,
-                marks,
-            )
+            provenance = replace(self._named(), fingerprint=marks)
         self.target_modules = target_modules(parts.layers_name)
         self._attached = CheckpointInfo(
             self.adapter(), provenance, len(parts.layers), parts.width, self.dtype
+        )
+
+    def _named(self) -> Provenance:
+        """The models that were given."""
+        return Provenance(
+            self.base, self.base_revision, self.target, self.target_revision, self.backbone
         )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
