@@ -323,13 +323,14 @@ def attach(
         dtype: of the adapters' parameters.
 
     Raises:
-        UserError: adapters are already attached, the structure is not supported, MLPs are
-            offloaded, or `config` is no configuration of adapters.
+        UserError: adapters are already attached (by PEFT too), the structure is not supported,
+            MLPs are offloaded, or `config` is no configuration of adapters.
     """
     parts = decoder_parts(model)
     if any(isinstance(module, AdaptedMLP) for module in model.modules()):
         raise UserError("model: adapters are already attached; call tca_fast.detach(model) first")
     mlps = [getattr(layer, MLP_NAME) for layer in parts.layers]
+    refuse_peft(mlps)
     _check_in_memory(mlps)
     adapters = _fresh_adapters(mlps, parts.width, config, seed, dtype)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -338,6 +339,20 @@ def attach(
         setattr(layer, MLP_NAME, AdaptedMLP(mlp, adapters.layers[index], index))
     model._tca_fast_trainable = trainable
     return AdaptedModel(model, adapters.config)
+
+
+def refuse_peft(mlps: Sequence[nn.Module]) -> None:
+    """Refuse MLPs that PEFT has wrapped: the adapters of both would add up.
+
+    Raises:
+        UserError: says how to take PEFT's off.
+    """
+    # By what all its layers have and not by their class, because PEFT may not be installed.
+    if any(hasattr(mlp, "base_layer") for mlp in mlps):
+        raise UserError(
+            "model: its MLPs have PEFT adapters; take them off first, with model = "
+            "peft_model.unload() (set_adapter switches between several within PEFT)"
+        )
 
 
 def _check_in_memory(mlps: Sequence[nn.Module]) -> None:

@@ -34,7 +34,7 @@ from tca_fast.adapter_config import (
     target_modules,
     tensor_shapes,
 )
-from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
+from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts, refuse_peft
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError, one_line
 from tca_fast.fingerprint import Fingerprint, fingerprint, refuse_quantised
@@ -147,6 +147,7 @@ def read(
     directory = local_directory(directory, revision)
     info = read_adapter_config(directory)
     check_shape(model, info, directory)
+    refuse_peft([getattr(layer, MLP_NAME) for layer in decoder_parts(model).layers])
     if check_model and (expected := info.provenance.fingerprint) is not None:
         found = fingerprint(model)
         if found.mlp != expected.mlp:

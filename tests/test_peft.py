@@ -416,6 +416,18 @@ class TestMistakes:
         with pytest.raises(UserError, match="format_version 2 is newer.*upgrade tca_fast"):
             PeftModel.from_pretrained(make_model(), saved)
 
+    @pytest.mark.parametrize("inner", [False, True], ids=["PeftModel", "the model inside"])
+    def test_our_own_attachment_is_refused_beside_adapters_of_peft(self, saved, inner):
+        model = PeftModel.from_pretrained(make_model(), saved)
+        before = logits(model)
+        given = model.get_base_model() if inner else model
+        for put in (tca_fast.attach, lambda given: tca_fast.load(given, saved)):
+            with pytest.raises(UserError, match=r"PEFT adapters.*unload\(\)") as caught:
+                put(given)
+            assert "\n" not in str(caught.value)
+        assert torch.equal(logits(model), before)
+        assert torch.equal(logits(tca_fast.load(model.unload(), saved)), before)
+
     def test_a_model_with_our_own_attachment_is_refused(self, saved):
         with pytest.raises(UserError, match="already attached; call tca_fast.detach"):
             PeftModel.from_pretrained(make_adapted().model, saved)
