@@ -207,7 +207,7 @@ def parse_adapter_config(config: Mapping[str, Any], path: Path | str) -> Checkpo
     from tca_fast.config import AdapterConfig
 
     def get(name: str, kind: type | tuple[type, ...]) -> Any:
-        value = config.get(name)
+        value: Any = config.get(name)
         fits = isinstance(value, kind) and not isinstance(value, bool)
         # All whole numbers here count from one.
         if not fits or (kind is int and value < 1):

@@ -159,6 +159,25 @@ def test_adapters_attached_to_a_plain_model_need_no_target(tmp_path):
     assert "hybrid" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bf16"}, "dtype: 'bf16' does not fit; give one of 'auto', .*'bfloat16'"),
+        ({"dtype": torch.bfloat16}, "dtype: torch.bfloat16 does not fit; give one of 'auto'"),
+        ({"device": "gpu"}, "device: 'gpu' cannot be used here .*; give 'cpu'"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' cannot be used here .*; give 'cpu'"),
+        ({"device": None}, "device: 'None' cannot be used here .*; give 'cpu'"),
+    ],
+)
+def test_a_dtype_or_device_there_is_not_is_one_line(tmp_path, options, message):
+    (model,) = named_models(tmp_path, ["only"])
+    tca_fast.attach(model, CONFIG).save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match=message) as caught:
+        load_adapted(tmp_path / "a", **options)
+    assert "\n" not in str(caught.value)
+    load_adapted(tmp_path / "a", device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("way", ["build_streams", "load_adapted"])
 def test_fresh_adapters_on_a_hybrid_are_saved_with_both_its_models(tmp_path, way):
     from tca_fast.adapter_config import read_adapter_config

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from tca_fast.adapter_config import mark_hybrid
 from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
 from tca_fast.bridging.pair import ACCEPTABLE, check_pair, check_tokenizers
 from tca_fast.bridging.placement import Place, placed, placed_as_loaded
-from tca_fast.errors import UserError
+from tca_fast.errors import UserError, one_line
 from tca_fast.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def load_adapted(
         device: where the model goes.
 
     Raises:
-        UserError: the checkpoint or a model cannot be read, names no models, or does not fit.
+        UserError: the checkpoint or a model cannot be read, names no models, or does not fit; no
+            such dtype or device.
     """
     directory = checkpoint.local_directory(directory, revision)
     model = load_backbone(directory, base=base, target=target, dtype=dtype, device=device)
@@ -220,10 +221,17 @@ def load_backbone(
         base, target, dtype, device: as in `load_adapted`.
 
     Raises:
-        UserError: the checkpoint or a model cannot be read, names no models, or does not fit.
+        UserError: the checkpoint or a model cannot be read, names no models, or does not fit; no
+            such dtype or device.
     """
     from tca_fast.config import PairConfig
 
+    dtypes = get_args(PairConfig.model_fields["dtype"].annotation)
+    if dtype not in dtypes:
+        known = ", ".join(map(repr, dtypes))
+        raise UserError(f"dtype: {dtype!r} does not fit; give one of {known}")
+    device = str(device)  # a torch.device is as clear
+    _check_device(device)
     origin = checkpoint.read_adapter_config(directory).provenance
     base, target = base or origin.base, target or origin.target
     if base is None or (target is None and origin.backbone == "target"):
@@ -242,6 +250,17 @@ def load_backbone(
         _end_like(donor, model)
         model = donor
     return model.eval()
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # Without CUDA in the build it is an AssertionError.
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"device: {device!r} cannot be used here ({one_line(error)}); give 'cpu', or 'cuda' "
+            "where PyTorch finds a GPU"
+        ) from None
 
 
 def load_model(
