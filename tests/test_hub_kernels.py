@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("kernels.layer", reason="pip install 'kernels>=0.17'")
 import kernels.layer.repos
 from kernels import Mode, kernelize, use_kernel_forward_from_hub, use_kernel_mapping
+from safetensors.torch import load_file, save_file
 
+from tca_fast.errors import UserError
 from tca_fast.integrations import hub_kernels
 
 MODES = {
@@ -191,6 +193,48 @@ def test_decoders_stored_by_feature_are_the_same_and_not_copied():
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.state_dict().items())
     for a, b in zip(gradients(ours, x, upstream), expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lacking", ["down_proj", "transcoder_enc.bias"])
+@pytest.mark.parametrize("mode", [Mode.INFERENCE, Mode.TRAINING | Mode.TORCH_COMPILE], ids=str)
+def test_a_layer_of_another_layout_is_named_with_what_it_lacks(lacking, mode):
+    layer = plain()
+    if lacking == "down_proj":
+        layer.c_proj = layer.down_proj
+        del layer.down_proj
+    else:
+        layer.transcoder_enc.bias = None
+    ours = kernelized(layer, mode)
+    x = torch.randn(5, WIDTH, dtype=torch.float64)
+    for run in (lambda: ours(x), lambda: hub_kernels.store_by_feature(ours)):
+        with pytest.raises(UserError, match=f"PlainMLP lacks {lacking}; rename") as caught:
+            run()
+        assert "\n" not in str(caught.value)
+
+
+def test_an_error_within_a_part_stays_what_it_is():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x.nothing
+
+    layer = plain()
+    layer.act_fn = Broken()
+    with pytest.raises(AttributeError, match="nothing"):
+        kernelized(layer)(torch.randn(5, WIDTH, dtype=torch.float64))
+
+
+def test_decoders_stored_by_feature_are_saved_once_they_are_contiguous(tmp_path):
+    layer = plain()
+    before = copy.deepcopy(layer.state_dict())
+    hub_kernels.store_by_feature(layer)
+    with pytest.raises(ValueError, match="contiguous"):
+        save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    tensors = {name: tensor.contiguous() for name, tensor in layer.state_dict().items()}
+    save_file(tensors, tmp_path / "layer.safetensors")
+    assert all(
+        torch.equal(tensor, before[name])
+        for name, tensor in load_file(tmp_path / "layer.safetensors").items()
+    )
 
 
 def test_a_model_of_theirs_generates_the_same_and_is_saved_the_same(tmp_path):

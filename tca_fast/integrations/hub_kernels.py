@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tca_fast import ops
+from tca_fast.errors import UserError
 
 try:
     from kernels import Mode, register_kernel_mapping
@@ -29,6 +30,7 @@ except ImportError as error:
     ) from error
 
 LAYER_NAME = "TranscoderMLP"
+_PARTS = ("gate_proj", "up_proj", "act_fn", "down_proj", "transcoder_enc", "transcoder_dec")
 
 
 def register(*, expected_density: float | None = None) -> None:
@@ -60,14 +62,33 @@ def store_by_feature(model: nn.Module) -> None:
 
     Shapes and values stay. Without this, every pass copies the decoder, which costs more than a
     decode step of one token. Call it after loading and before an engine flattens the parameters.
+    `model.save_pretrained` of transformers saves the decoders as before; safetensors' `save_file`
+    takes no tensor that lies so, and needs `.contiguous()` of each.
 
     Args:
         model: changed in place.
+
+    Raises:
+        UserError: a decorated layer has another layout than `register` describes.
     """
     for module in model.modules():
         if getattr(type(module), "kernel_layer_name", None) == LAYER_NAME:
+            _check_layout(module)
             decoder: Any = module.transcoder_dec
             decoder.weight.data = decoder.weight.data.t().contiguous().t()
+
+
+def _check_layout(layer: Any) -> None:
+    """Refuse a layer that lacks what the operators read."""
+    lacking = [name for name in _PARTS if not hasattr(layer, name)]
+    if not lacking and layer.transcoder_enc.bias is None:
+        lacking = ["transcoder_enc.bias"]
+    if lacking:
+        raise UserError(
+            f"kernel_layer_name: {LAYER_NAME!r} is the name of layers with {', '.join(_PARTS)} and "
+            f"an encoder bias, but {type(layer).__name__} lacks {', '.join(lacking)}; rename its "
+            "parts, or leave it undecorated"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,19 +106,24 @@ class _Repository:
             can_torch_compile = True
 
             def forward(self: Any, x: Tensor) -> Tensor:
-                mlp_out = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-                if getattr(self, "disable_transcoder", False):
-                    return mlp_out
-                encoder, decoder = self.transcoder_enc, self.transcoder_dec
-                dtype = mlp_out.dtype  # under autocast the lower one
-                return ops.adapter(
-                    x.to(dtype),
-                    mlp_out,
-                    encoder.weight.to(dtype),
-                    encoder.bias.to(dtype),
-                    decoder.weight.to(dtype).t(),
-                    None if decoder.bias is None else decoder.bias.to(dtype),
-                    expected_density=expected_density,
-                ).y
+                try:
+                    mlp_out = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+                    if getattr(self, "disable_transcoder", False):
+                        return mlp_out
+                    encoder, decoder = self.transcoder_enc, self.transcoder_dec
+                    dtype = mlp_out.dtype  # under autocast the lower one
+                    return ops.adapter(
+                        x.to(dtype),
+                        mlp_out,
+                        encoder.weight.to(dtype),
+                        encoder.bias.to(dtype),
+                        decoder.weight.to(dtype).t(),
+                        None if decoder.bias is None else decoder.bias.to(dtype),
+                        expected_density=expected_density,
+                    ).y
+                except AttributeError:
+                    # Looked for only now: checked beforehand, every decode step would pay for it.
+                    _check_layout(self)
+                    raise
 
         return TranscoderMLP
