@@ -22,8 +22,7 @@ _READ_FROM_A_DIRECTORY = (
     *(native.CONFIG_NAME, _MODEL_CONFIG, INDEX_NAME, circuit_tracer.CONFIG_NAME),
     *("*.safetensors", f"*/{saelens.WEIGHTS_NAME}", f"*/{sparsify.WEIGHTS_NAME}"),
 )
-
-
+# Notes on the fields of `AdapterSet.unknown`.
 _UNKNOWN = {
     "base": "the base is not named in the files: name it with --base",
     "target": "the target is not named in the files: name it with --target",
