@@ -250,6 +250,12 @@ class RunConfig(_Config):
                 f"{self.per_device_train_batch_size} count sequences, train_batch_tokens="
                 f"{self.train_batch_tokens} counts tokens; leave one kind out"
             )
+        row, budget = self.per_device_train_batch_tokens, self.train_batch_tokens
+        if row is not None and budget is not None and budget % row:
+            raise ValueError(
+                f"train_batch_tokens={budget} is not a whole number of rows of "
+                f"per_device_train_batch_tokens={row}; make it a multiple"
+            )
         return self
 
 

@@ -47,6 +47,11 @@ def test_round_trip(path, tmp_path):
             ["objective.gradient_checkpointing=true", "objective.step=plain"],
             "objective: gradient_checkpointing needs step 'shared'",
         ),
+        (
+            MINIMAL,
+            ["run.train_batch_tokens=100", "run.per_device_train_batch_tokens=64"],
+            "run: train_batch_tokens=100 is not a whole number of rows",
+        ),
         (MINIMAL, ["objective.cutoffs=every"], "objective.cutoffs.*'every'"),
         (MINIMAL, ["run.report_to=[mlflow]"], "run.report_to.*'mlflow'"),
         (MINIMAL, ["l1_weight"], "override: 'l1_weight' is not of the form"),

@@ -72,10 +72,9 @@ def plan(
     console = Console(highlight=False)
     _show_heading(console, planner, gpus * nodes, nodes)
     _show_memory(console, planner, gpus * nodes)
-    fitting = _show_choice(console, planner, gpus * nodes)
-    if fitting is None:
+    if not _show_choice(console, planner, gpus * nodes):
         raise typer.Exit(1)
-    _show_scaling(console, planner, gpus * nodes, checkpointing=fitting)
+    _show_scaling(console, planner, gpus * nodes)
 
 
 def _shape(config: TrainConfig, given: str | None) -> ModelShape:
@@ -168,36 +167,42 @@ def _show_memory(console: Console, planner: Planner, num_ranks: int) -> None:
     console.print(table)
 
 
-def _show_choice(console: Console, planner: Planner, num_ranks: int) -> bool | None:
-    """Say what to take; returns whether it recomputes activations, None where nothing fits."""
-    for checkpointing in (False, True):
-        try:
-            stage = planner.cheapest(num_ranks, checkpointing=checkpointing)
-        except LookupError:
-            continue
-        name = "one process" if stage is None else f"ZeRO-{stage} (configs/zero{stage}.json)"
-        setting = f"objective.gradient_checkpointing={str(checkpointing).lower()}"
-        console.print(f"cheapest that fits: {name} with {setting}")
-        return checkpointing
-    console.print(
-        "nothing fits: lower data.max_length or run.per_device_train_batch_size, or take GPUs with "
-        "more memory",
-        style="red",
-    )
-    return None
+def _show_choice(console: Console, planner: Planner, num_ranks: int) -> bool:
+    """Say what to take; returns whether anything fits."""
+    try:
+        stage, checkpointing = planner.cheapest(num_ranks)
+    except LookupError:
+        console.print(
+            "nothing fits: lower data.max_length or run.per_device_train_batch_size, or take GPUs "
+            "with more memory",
+            style="red",
+        )
+        return False
+    name = "one process" if stage is None else f"ZeRO-{stage} (configs/zero{stage}.json)"
+    setting = f"objective.gradient_checkpointing={str(checkpointing).lower()}"
+    console.print(f"cheapest that fits: {name} with {setting}")
+    return True
 
 
-def _show_scaling(
-    console: Console, planner: Planner, num_ranks: int, *, checkpointing: bool
-) -> None:
+def _show_scaling(console: Console, planner: Planner, num_ranks: int) -> None:
     table = Table(box=box.SIMPLE_HEAD, title="Time for all data")
-    headings = ("GPUs", "stage", "batch", "s/step", "of it sending", "days", "GPU-hours")
+    headings = (
+        "GPUs",
+        "stage",
+        "recomputes",
+        "batch",
+        "s/step",
+        "of it sending",
+        "days",
+        "GPU-hours",
+    )
     for heading in headings:
         table.add_column(heading, justify="right")
-    for stage, scale in planner.scales(_ranks(num_ranks), checkpointing=checkpointing):
+    for stage, checkpointing, scale in planner.scales(_ranks(num_ranks)):
         table.add_row(
             f"{scale.num_ranks:,}",
             "-" if stage is None else str(stage),
+            "yes" if checkpointing else "no",
             f"{scale.batch_size:,}",
             f"{scale.step.total:.2f}",
             f"{100 * (1 - scale.efficiency):.0f} %",

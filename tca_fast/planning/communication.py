@@ -1,8 +1,8 @@
 """What ranks send each other in an optimizer step, and how long that takes.
 
 The assumptions are written down in docs/planning.md: ring collectives, one after the other, whose
-time adds to that of the arithmetic; the slowest link of the ring decides; and a start-up time for
-every collective that grows with the logarithm of the number of ranks.
+time adds to that of the arithmetic; the slowest link decides; and a start-up time for every
+collective that grows with the logarithm of the number of ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Traffic:
             return 0.0
         bandwidth = device.link_bandwidth
         if num_ranks > device.per_node:
-            bandwidth = min(bandwidth, device.network_bandwidth)
+            # Every device has an adapter and every adapter a ring: a rank sends on all of them.
+            bandwidth = min(bandwidth, device.per_node * device.network_bandwidth)
         start_up = self.num_collectives * math.ceil(math.log2(num_ranks)) * SECONDS_PER_HOP
         return self.num_bytes / (OF_LINK * bandwidth) + start_up
 
@@ -56,10 +57,10 @@ def step_traffic(
     """What a stage of ZeRO sends.
 
     With A the adapters' parameters and s = (N-1)/N: stage 0 reduces the gradients on all ranks,
-    2·s·A; stages 1 and 2 scatter the reduced gradients, s·A, and gather the updated parameters,
-    s·A; stage 3 scatters gradients, and gathers the weights of every layer, frozen ones too, each
-    time it runs. ZeRO-3 keeps what fits its limit of live parameters between two uses; where all
-    weights fit, each is gathered once forward and once backward.
+    2·s·A; stages 1 and 2 reduce them on all ranks as well, as DeepSpeed does, 2·s·A, and gather the
+    updated parameters, s·A; stage 3 scatters gradients, and gathers the weights of every layer,
+    frozen ones too, each time it runs. ZeRO-3 keeps what fits its limit of live parameters between
+    two uses; where all weights fit, each is gathered once forward and once backward.
 
     Args:
         shape, adapter: of the pair.
@@ -76,9 +77,11 @@ def step_traffic(
     buckets = math.ceil(trained / REDUCE_BUCKET)
     if stage == 0:
         return Traffic(2 * share * trained * itemsize, buckets)
-    # Stage 2 scatters after every micro-batch, stage 1 once.
-    scatters = micro_batches if stage >= 2 else 1
-    reduced = Traffic(scatters * share * trained * itemsize, scatters * buckets)
+    # Stages 2 and 3 reduce after every micro-batch, stage 1 once; only stage 3 sends each rank its
+    # part alone.
+    times = micro_batches if stage >= 2 else 1
+    sent = (2 if stage < 3 else 1) * share * trained * itemsize
+    reduced = Traffic(times * sent, times * buckets)
     if stage < 3:
         return Traffic(reduced.num_bytes + share * trained * itemsize, reduced.num_collectives + 1)
     of_adapter = trained / shape.num_hidden_layers

@@ -218,6 +218,7 @@ class _Step:
         backward = {**kept, "backward of one layer": self.layer_backward + recomputed}
         crossed = max([0, *r2a])
         if r2a:
+            found["start of the backward through r2a"] = dict(backward)
             backward["activations, r2a"] = self._kept(1, is_adapter=True)
             found["end of the backward through r2a"] = {
                 **backward,

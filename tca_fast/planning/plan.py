@@ -170,16 +170,24 @@ class Planner:
         """Whether a rank's memory is enough, with what is reserved for the rest."""
         return plan.peak <= self.available
 
-    def cheapest(self, num_ranks: int, *, checkpointing: bool | None = None) -> int | None:
-        """The first stage that fits, in order of what they send.
+    def cheapest(self, num_ranks: int) -> tuple[int | None, bool]:
+        """The stage, and whether to recompute activations, with the shortest step that fits.
+
+        Of equals the one that recomputes nothing, then the lowest stage.
 
         Raises:
-            LookupError: none does.
+            LookupError: none fits.
         """
-        for stage in self.stages(num_ranks):
-            if self.fits(self.memory(stage, num_ranks, checkpointing=checkpointing)):
-                return stage
-        raise LookupError(num_ranks)
+        found = [
+            (self.step_time(stage, num_ranks, checkpointing=kept).total, kept, stage)
+            for kept in (False, True)
+            for stage in self.stages(num_ranks)
+            if self.fits(self.memory(stage, num_ranks, checkpointing=kept))
+        ]
+        if not found:
+            raise LookupError(num_ranks)
+        _, checkpointing, stage = min(found, key=lambda one: one[0])
+        return stage, checkpointing
 
     def most_tokens(self, stage: int | None, num_ranks: int, *, checkpointing: bool) -> int:
         """The longest row that fits, in tokens; 0 where not even one does."""
@@ -233,17 +241,16 @@ class Planner:
         step = self.step_time(stage, num_ranks, checkpointing=checkpointing)
         return Scale(num_ranks, batch_size, step, steps * step.total / 86_400)
 
-    def scales(
-        self, num_ranks: Sequence[int], *, checkpointing: bool
-    ) -> list[tuple[int | None, Scale]]:
-        """The cheapest stage that fits and its time, for each number of ranks where one does."""
+    def scales(self, num_ranks: Sequence[int]) -> list[tuple[int | None, bool, Scale]]:
+        """What is `cheapest` and its time, for each number of ranks where something fits."""
         found = []
         for ranks in num_ranks:
             try:
-                stage = self.cheapest(ranks, checkpointing=checkpointing)
+                stage, checkpointing = self.cheapest(ranks)
             except LookupError:
                 continue
-            found.append((stage, self.scale(stage, ranks, checkpointing=checkpointing)))
+            scale = self.scale(stage, ranks, checkpointing=checkpointing)
+            found.append((stage, checkpointing, scale))
         return found
 
     def _objective(self, checkpointing: bool | None) -> ObjectiveConfig:

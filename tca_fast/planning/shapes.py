@@ -20,8 +20,15 @@ _NEEDED = (
     "num_attention_heads",
     "vocab_size",
 )
+# What these count for holds for no other: experts, MLPs of two products or of other names.
+_PLANNED = {
+    *("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo"),
+    *("olmo2", "granite", "cohere"),
+}
 # Architectures whose query, key and value products have a bias that config.json does not mention.
 _BIASED = {"qwen2"}
+# Architectures whose head is the embedding unless config.json says otherwise.
+_TIED = {"gemma", "gemma2", "gemma3_text", "cohere"}
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,15 @@ class ModelShape:
             field: named in errors.
 
         Raises:
-            UserError: a number is missing or not a positive integer.
+            UserError: a number is missing or not a positive integer, or the architecture is
+                another one.
         """
+        architecture = config.get("model_type")
+        if architecture is not None and architecture not in _PLANNED:
+            raise UserError(
+                f"{field}: {source} is of model_type {architecture!r}, which is not planned; "
+                f"planned are {', '.join(sorted(_PLANNED))}"
+            )
         missing = [name for name in _NEEDED if name not in config]
         if missing:
             raise UserError(f"{field}: {source} has no {missing[0]}; it needs {', '.join(_NEEDED)}")
@@ -108,7 +122,7 @@ class ModelShape:
         return cls(
             **numbers,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", architecture in _TIED)),
             attention_bias=bool(config.get("attention_bias", config.get("model_type") in _BIASED)),
             source=source,
         )
