@@ -18,7 +18,8 @@ from benchmarks.layers import DenseEager
 from benchmarks.operations import ARGUMENTS, Operation, Tensors
 
 _TIMES_DENSE_ERROR = 2
-# What a sum of some thousand terms gathers, in roundings of its dtype.
+# What a sum of some thousand terms gathers, in roundings of the dtype it is added in, which is
+# float32 or wider; the result is then rounded once.
 _SUM_ROUNDINGS = 64
 
 
@@ -54,17 +55,22 @@ def allowed_errors(case: Case, tensors: Tensors, dense: dict[str, float]) -> dic
         tensors: the inputs, in the dtype that is timed.
         dense: errors of the dense implementation in that dtype.
     """
-    eps = torch.finfo(tensors["x"].dtype).eps
     pairs = case.tokens * case.active
     jump = 2 * math.sqrt(_undecided_pairs(case, tensors) / pairs)
     # At ReLU's threshold activations are continuous and gradients are not; TopK's moves both.
     continuous = {"features", "y", "l1"} if case.k is None else {"l1"}
     return {
         name: _TIMES_DENSE_ERROR * error
-        + _SUM_ROUNDINGS * eps
+        + rounding_of_sums(tensors["x"].dtype)
         + (0.0 if name in continuous else jump)
         for name, error in dense.items()
     }
+
+
+def rounding_of_sums(dtype: torch.dtype) -> float:
+    """Relative error that rounding alone explains in a sum of products."""
+    eps = torch.finfo(dtype).eps
+    return _SUM_ROUNDINGS * min(eps, torch.finfo(torch.float32).eps) + eps
 
 
 def _undecided_pairs(case: Case, tensors: Tensors) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, layer_inputs
-from benchmarks.correctness import allowed_errors, relative_errors
+from benchmarks.correctness import allowed_errors, relative_errors, rounding_of_sums
 from benchmarks.layers import DenseEager
 from benchmarks.losses import LOSS_CASES, LossBench, LossCase
 from benchmarks.measure import Machine
@@ -69,8 +69,8 @@ def decode_rows(case: Case, machine: Machine, rounds: int) -> list[dict[str, Any
         "grad_y": given["grad_y"],
     }
     truth = dense_decode(None, _exact(tensors))()
-    # No threshold: sums of some thousand products, in roundings of the dtype.
-    allowed = dict.fromkeys(truth, 64 * torch.finfo(machine.dtype).eps)
+    dense = relative_errors(dense_decode(None, tensors)(), truth)
+    allowed = {n: 2 * error + rounding_of_sums(machine.dtype) for n, error in dense.items()}
     return _rows("sparse decode", case, DECODERS, tensors, truth, allowed, machine, rounds)
 
 
@@ -104,8 +104,7 @@ def loss_rows(case: LossCase, machine: Machine, rounds: int) -> list[dict[str, A
     few = {**tensors, "states": tensors["states"][some], "teacher": tensors["teacher"][some]}
     truth = whole_kl(None, _exact(few))()
     dense = relative_errors(whole_kl(None, few)(), truth)
-    eps = torch.finfo(machine.dtype).eps
-    allowed = {name: 2 * error + 64 * eps for name, error in dense.items()}
+    allowed = {n: 2 * error + rounding_of_sums(machine.dtype) for n, error in dense.items()}
     shape = Case(case.name, case.tokens, case.width, case.vocab_size, 1, "none")
     return _rows("KL", shape, LOSSES, tensors, truth, allowed, machine, rounds, few)
 

@@ -76,10 +76,13 @@ def describe_commit() -> str:
     """The commit, or what TCA_FAST_COMMIT says where the tree came without its history."""
     if given := os.environ.get("TCA_FAST_COMMIT"):
         return given
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:  # no git here
+        return "unknown"
     return described.stdout.strip() or "unknown"

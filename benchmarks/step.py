@@ -70,8 +70,11 @@ class StepBench:
         self.batch = make_batch(case, self.streams, machine.device)
         make_sparse(case, self.streams, self.batch)
         self.parameters = list(self.streams.adapted.parameters())
-        objective: Any = Objective()
-        self.objectives = {name: VARIANTS[name].step(self.streams, objective) for name in names}
+        self.objectives = {}
+        for name in names:
+            variant = VARIANTS[name]
+            objective: Any = Objective(gradient_checkpointing=variant.is_checkpointed)
+            self.objectives[name] = variant.step(self.streams, objective)
 
     def forward(self, name: str, cutoff: int) -> StepOutput:
         """The objective, with its graph."""

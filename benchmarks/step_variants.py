@@ -107,10 +107,12 @@ class Variant(NamedTuple):
     Attributes:
         step: class of the objective.
         is_dense: adapters compute densely, as in the published code, and not sparsely.
+        is_checkpointed: layers are recomputed in the backward.
     """
 
     step: type[BridgingObjective]
     is_dense: bool
+    is_checkpointed: bool = False
 
 
 VARIANTS = {
@@ -120,6 +122,7 @@ VARIANTS = {
     "published, shared passes": Variant(_SharedWithLogits, True),
     "plain": Variant(PlainObjective, False),
     "shared": Variant(SharedObjective, False),
+    "shared, checkpointed": Variant(SharedObjective, False, is_checkpointed=True),
 }
 
 

@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))  # the suites are outside the package
 
 from benchmarks import measure, predict, work  # noqa: E402
 from benchmarks.cases import CASES, Case, firing_rates, layer_inputs  # noqa: E402
-from benchmarks.layers import DENSE, OURS, DenseEager  # noqa: E402
+from benchmarks.layers import DENSE, OURS, TORCH_SPARSE, DenseEager  # noqa: E402
 from benchmarks.memory import peak_bytes, saved_bytes  # noqa: E402
 from benchmarks.operations import DECODE, ENCODE, FORWARD, LAYER  # noqa: E402
 from benchmarks.results import write_results  # noqa: E402
@@ -162,6 +162,32 @@ def test_nothing_is_timed_when_wrong(monkeypatch, wrong, operation, case):
     monkeypatch.setattr(measure, "interleaved", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match=f"{case.name}, {operation.name}, {OURS}: .* is off"):
         measure.measure(operation, case, [OURS, DENSE], machine(), rounds=1)
+
+
+class NoBranch(DenseEager):
+    """Wrong: adds nothing to the MLP's output."""
+
+    def decode(self, features, W_dec, b_dec):
+        return super().decode(features, W_dec, b_dec) * 0
+
+
+@pytest.mark.parametrize("operation", [FORWARD, LAYER], ids=lambda one: one.name)
+def test_a_branch_left_out_is_seen_in_bfloat16(monkeypatch, operation):
+    monkeypatch.setitem(measure.IMPLEMENTATIONS, OURS, NoBranch)
+    with pytest.raises(AssertionError, match="y is off"):
+        measure.measure(operation, TINY[0], [OURS], machine(torch.bfloat16), rounds=1)
+
+
+def test_what_others_compute_wrong_is_absent_and_the_rest_is_timed(monkeypatch):
+    class Broken(DenseEager):
+        def encode(self, x, W_enc, b_enc):
+            raise RuntimeError("no such kernel")
+
+    for wrong, reason in ((NoBranch, "wrong, not timed: y is off"), (Broken, "fails: no such")):
+        monkeypatch.setitem(measure.IMPLEMENTATIONS, TORCH_SPARSE, wrong)
+        measured = measure.measure(LAYER, TINY[0], [OURS, TORCH_SPARSE], machine(), rounds=1)
+        assert measured[TORCH_SPARSE].row["absent"].startswith(reason)
+        assert measured[OURS].row["median_ms"] > 0
 
 
 def test_undecided_features_are_allowed_for():

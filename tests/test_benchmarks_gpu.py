@@ -26,7 +26,8 @@ from benchmarks.gpu.record import (  # noqa: E402
     run_cases,
     status_of,
 )
-from benchmarks.gpu.step import longest  # noqa: E402
+from benchmarks.gpu.step import StepStage, longest  # noqa: E402
+from benchmarks.results import find_machine  # noqa: E402
 from tca_fast import selection  # noqa: E402
 from tca_fast.errors import UserError  # noqa: E402
 from tca_fast.results import read_results  # noqa: E402
@@ -173,8 +174,28 @@ def test_a_lost_device_ends_the_process_and_running_out_of_memory_does_not(path)
     assert "never" not in record and record.cases["lost"]["status"] == "failed"
 
 
-def test_the_case_in_which_a_process_ended_has_failed(path):
+def test_steps_that_do_not_fit_are_left_out_one_by_one():
+    """Of the largest case the recomputing step alone may fit, and its row is kept."""
+    stage = StepStage(find_machine(torch.device("cpu"), None))
+
+    def measured(names):
+        if len(names) > 1:
+            raise torch.OutOfMemoryError(f"no room for {names[0]}")
+        return [{"variant": name, "tokens_per_s": 1.0} for name in names]
+
+    found = stage._of_those_that_fit(["plain", "shared", "shared, checkpointed"], measured)
+    assert [row["variant"] for row in found["rows"]] == ["shared, checkpointed"]
+    assert found["left_out"] == {"plain": "no room for plain", "shared": "no room for shared"}
+    with pytest.raises(Absent, match="not even shared fits: no room for shared"):
+        stage._of_those_that_fit(["shared"], lambda names: measured([*names, "more"]))
+
+
+def test_the_case_in_which_a_process_ended_twice_has_failed(path):
+    """Once may have been the end of its time."""
     Record(path, FACTS).begin("a")
+    record = Record(path, FACTS)
+    assert "a" not in record
+    record.begin("a")
     record = Record(path, FACTS)
     assert record.cases["a"]["status"] == "failed" and "a" in record
     assert status_of([record]) == 1

@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu --stage check|bench|step|tune|all --out FOLDER [--device cpu]
 
-Each stage runs in a process of its own for at most eight minutes, by its own clock: it finishes
-the case at hand, writes what it has and says what is left. The same call again does what is left.
-A case that ends the process has failed, and the stage goes on behind it in a new one. Nothing is
-downloaded, and torch, Triton, numpy, transformers and pytest are all that is needed.
+A call takes at most eight minutes by its own clock: each stage runs in a process of its own, which
+finishes the case at hand, writes what it has and says what is left. The same call again does what
+is left. A case that ends the process twice has failed, and the stage goes on behind it in a new
+one. Nothing is downloaded; torch, Triton, numpy, transformers and pytest are all that is needed.
 
     check     check.json, check.xml   tests/device: float64, bits, graphs, no waiting, sanitizer
     bench     bench.json              rates of the device, layers and operators, generation, peers
@@ -31,7 +31,7 @@ from pathlib import Path
 
 STAGES = ("check", "bench", "step", "tune")
 SECONDS = 480.0
-# A case that takes this much longer than its stage may is ended.
+# A case that takes this much longer than the call may is ended.
 GRACE = 60.0
 LEFT, LOST = 75, 3
 
@@ -86,13 +86,18 @@ def main() -> None:
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of every stage")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole call")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     statuses = {}
+    end = time.monotonic() + options.seconds
     for stage in STAGES if options.stage == "all" else [options.stage]:
         began = time.monotonic()
-        statuses[stage] = run_stage(stage, options.out, options.device, options.seconds)
+        if statuses and began >= end:
+            statuses[stage] = LEFT
+            _log(options.out, f"{stage}: not begun; call again")
+            continue
+        statuses[stage] = run_stage(stage, options.out, options.device, end - began)
         words = {0: "all done", 1: "something failed", LEFT: "some of it is left; call again"}
         seconds = time.monotonic() - began
         _log(options.out, f"{stage}: {words[statuses[stage]]} after {seconds:.0f} s")

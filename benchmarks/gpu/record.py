@@ -23,6 +23,7 @@ from tca_fast.results import FORMAT, read_results
 # What a case gives: named figures, or rows of a results file under "rows".
 Case = Callable[[], Mapping[str, Any]]
 DONE, FAILED, ABSENT, RUNNING = "done", "failed", "absent", "running"
+LEFT_OFF = "left off"  # the process ended in it, once
 # What must not change between two calls that fill one file.
 _SAME = ("stage", "device", "device_type", "commit")
 
@@ -63,7 +64,8 @@ class Record:
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         """Take over what an earlier call wrote to the file.
 
-        A case that an earlier call was in when it ended has failed.
+        A case that an earlier call was in when it ended is tried once more, since its time may have
+        been over; the second time it has failed.
 
         Raises:
             UserError: the file is of another stage, device or commit.
@@ -83,13 +85,18 @@ class Record:
                 )
         self.cases = content["cases"]
         self.facts["clocks"] = [*content["facts"].get("clocks", []), *facts.get("clocks", [])]
-        for case in self.cases.values():
-            if case["status"] == RUNNING:
-                case.update(status=FAILED, reason="the process ended in it; the log says more")
+        for name, case in list(self.cases.items()):
+            if case["status"] != RUNNING:
+                continue
+            if case["ended"]:
+                reason = "the process ended in it, twice; the log says more"
+                self.cases[name] = {"status": FAILED, "reason": reason}
+            else:
+                case.update(status=LEFT_OFF, ended=1)
 
     def __contains__(self, name: str) -> bool:
         """Whether a case needs not be run again."""
-        return name in self.cases
+        return name in self.cases and self.cases[name]["status"] != LEFT_OFF
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -98,7 +105,8 @@ class Record:
 
     def begin(self, name: str) -> None:
         """Note that a case is running."""
-        self.cases[name] = {"status": RUNNING}
+        ended = self.cases.get(name, {}).get("ended", 0)
+        self.cases[name] = {"status": RUNNING, "ended": ended}
         self.write()
 
     def end(self, name: str, status: str, began: float, **findings: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.facts import backends_of, clocks
-from benchmarks.gpu.record import Case, Clock, Record, run_cases
+from benchmarks.gpu.record import Absent, Case, Clock, Record, run_cases
 from benchmarks.measure import Machine
 from benchmarks.memory import peak_bytes
 from benchmarks.results import find_machine
@@ -21,8 +21,11 @@ from benchmarks.step import BASELINE, StepBench, uniform_cutoffs
 from benchmarks.step_cases import STEP_CASES, StepCase, make_batch, make_streams
 from tca_fast import ops
 from tca_fast.bridging.streams import Streams
+from tca_fast.errors import one_line
 
 _CUTOFFS = 3
+# The one that needs most memory first.
+_OURS = ["plain", "shared", "shared, checkpointed"]
 
 
 def run(record: Record, clock: Clock, device: torch.device, out: Path) -> None:
@@ -66,7 +69,7 @@ class StepStage:
                 named[f"step: {case.name}"] = partial(self._time, case)
             for case in same:
                 named[f"memory: {case.name}"] = partial(self._memory, case)
-            for name in ("shared", "plain"):
+            for name in reversed(_OURS):
                 size = sizes[widths].name.split(",")[0]
                 longest = partial(self._longest, sizes[widths], name)
                 named[f"longest sequence: {size}, {name}"] = longest
@@ -82,32 +85,40 @@ class StepStage:
         return StepBench(case, names, self._machine, self._streams[1])
 
     def _time(self, case: StepCase) -> dict[str, Any]:
-        """Plain, shared and published step; the last is left out where it does not fit."""
-        names = [BASELINE, "plain", "shared"]
-        left_out = None
-        try:
-            rows = self._rows(case, names)
-        except torch.OutOfMemoryError as error:
-            left_out = str(error).splitlines()[0]
-        if left_out:
+        """Published, plain and shared steps, without those that do not fit."""
+        found = self._of_those_that_fit([BASELINE, *_OURS], partial(self._rows, case))
+        for row in found["rows"]:
+            print(f"    {row['variant']:20} {row['tokens_per_s']:.0f} tokens/s", flush=True)
+        return found
+
+    def _of_those_that_fit(
+        self, names: list[str], measured: Callable[[list[str]], list[dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """Rows of the variants, given with the one that needs most memory first."""
+        left_out: dict[str, str] = {}
+        for first, name in enumerate(names):
+            try:
+                return {"rows": measured(names[first:]), "left_out": left_out}
+            except torch.OutOfMemoryError as error:
+                left_out[name] = one_line(error)
             gc.collect()
-            torch.cuda.empty_cache()
-            print(f"    without {BASELINE}: {left_out}", flush=True)
-            rows = self._rows(case, names[1:])
-        for row in rows:
-            print(f"    {row['variant']:10} {row['tokens_per_s']:.0f} tokens/s", flush=True)
-        return {"rows": rows, "left_out": left_out and f"{BASELINE}: {left_out}"}
+            if self._is_full:
+                torch.cuda.empty_cache()
+            print(f"    without {name}: {left_out[name]}", flush=True)
+        raise Absent(f"not even {names[-1]} fits: {left_out[names[-1]]}")
 
     def _rows(self, case: StepCase, names: list[str]) -> list[dict[str, Any]]:
         bench = self._bench(case, names)
         return bench.rows(uniform_cutoffs(bench.streams.num_layers, _CUTOFFS))
 
     def _memory(self, case: StepCase) -> dict[str, Any]:
-        rows = self._bench(case, ["plain", "shared"]).phase_rows()
-        for row in rows:
+        found = self._of_those_that_fit(
+            _OURS[:-1], lambda names: self._bench(case, names).phase_rows()
+        )
+        for row in found["rows"]:
             for name, peak in row["phase_peak_bytes"].items():
                 print(f"    {row['variant']:8} {name:20} {peak / 2**20:.1f} MiB", flush=True)
-        return {"rows": rows}
+        return found
 
     def _longest(self, case: StepCase, name: str) -> dict[str, Any]:
         """Most tokens of one sequence whose step fits, by trying.
