@@ -204,9 +204,12 @@ class TranscoderAdapter(nn.Module):
                 f"gain: {len(multipliers)} values, but gains are set for batches of {len(gain)} "
                 "rows; clear_gains() first"
             )
+        stored = multipliers.unsqueeze(-1).to(gain)
+        if not stored.isfinite().all():
+            raise UserError(f"gain: {value!r} is too large for {gain.dtype}; give a smaller one")
         # A copy, so that gains that were saved to be restored stay what they were.
         gain = gain.clone()
-        gain[..., columns] = multipliers.unsqueeze(-1).to(gain)
+        gain[..., columns] = stored
         self.gain = gain
 
     def _checked(self, feature: int | Sequence[int] | Tensor) -> Tensor:
@@ -260,6 +263,7 @@ class AdaptedMLP(nn.Module):
         adapter: its adapter.
         layer: index of the decoder layer, for statistics.
         enabled: False makes this the bare MLP.
+        is_attached: False once it was taken out of its model.
     """
 
     def __init__(self, mlp: nn.Module, adapter: TranscoderAdapter, layer: int) -> None:
@@ -268,6 +272,7 @@ class AdaptedMLP(nn.Module):
         self.adapter = adapter
         self.layer = layer
         self.enabled = True
+        self.is_attached = True
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """MLP plus adapter; reports to the open recorders, if any.

@@ -114,10 +114,12 @@ class AdaptedModel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
+        self._check_attached()
         return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`."""
+        self._check_attached()
         return self.model.generate(*args, **kwargs)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -128,6 +130,7 @@ class AdaptedModel:
     @contextmanager
     def disabled(self) -> Iterator[AdaptedModel]:
         """Run the block without the adapters: the model as it was before `attach`."""
+        self._check_attached()
         before = [wrapped.enabled for wrapped in self.wrapped]
         for wrapped in self.wrapped:
             wrapped.enabled = False
@@ -192,6 +195,7 @@ class AdaptedModel:
         Raises:
             UserError: no set has that name.
         """
+        self._check_attached()
         if name not in self._sets:
             raise UserError(f"name: no adapters are named {name!r}; there are {self._listed()}")
         before, after = self._sets[self.active].layers, self._sets[name].layers
@@ -227,8 +231,11 @@ class AdaptedModel:
         Raises:
             UserError: no such layer or feature, or a gain that is not finite.
         """
-        if layer is not None and not 0 <= layer < len(self.layers):
-            raise UserError(f"layer: {layer} is outside 0..{len(self.layers) - 1}")
+        self._check_attached()
+        if layer is not None and (type(layer) is not int or not 0 <= layer < len(self.layers)):
+            raise UserError(
+                f"layer: {layer!r} is none of 0..{len(self.layers) - 1}; give one, or None for all"
+            )
         for adapter in self.layers if layer is None else [self.layers[layer]]:
             adapter.set_gain(feature, value)
 
@@ -245,6 +252,9 @@ class AdaptedModel:
         Raises:
             UserError: as in `set_gain`; no gain is then changed.
         """
+        self._check_attached()
+        if not isinstance(values, Mapping):
+            raise UserError(f"gains: {values!r} is no dict; write {{(3, 17): 0.0}}")
         layers = self.layers
         before = [adapter.gain for adapter in layers]
         try:
@@ -278,6 +288,7 @@ class AdaptedModel:
         Raises:
             UserError: there is no tokenizer where the model came from.
         """
+        self._check_attached()
         from tca_fast import feature_table
 
         return feature_table.tabulate(self, text, tokenizer)
@@ -296,7 +307,16 @@ class AdaptedModel:
 
         checkpoint.save_pretrained(self, directory, provenance)
 
+    def _check_attached(self) -> None:
+        if not all(wrapped.is_attached for wrapped in self.wrapped):
+            raise UserError(
+                "model: these adapters were detached from it; attach or load them again"
+            )
+
     def _check_new(self, name: str) -> None:
+        self._check_attached()
+        if not isinstance(name, str) or not name:
+            raise UserError(f"name: {name!r} is no name; give a text")
         if name in self._sets:
             raise UserError(f"name: adapters named {name!r} are there already; choose another name")
 
@@ -384,6 +404,10 @@ def _fresh_adapters(
             f"config: {type(config).__name__} is no configuration; pass "
             "tca_fast.AdapterConfig(num_features=…)"
         )
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"dtype: {dtype!r} is no floating-point dtype; pass torch.bfloat16")
+    if type(seed) is not int:
+        raise UserError(f"seed: {seed!r} is no integer; pass one, such as 0")
     generator = torch.Generator().manual_seed(seed)
     adapters = NamedAdapters(config, [])
     for mlp in mlps:
@@ -405,6 +429,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         wrapped = getattr(layer, MLP_NAME)
         if isinstance(wrapped, AdaptedMLP):
             setattr(layer, MLP_NAME, wrapped.mlp)
+            wrapped.is_attached = False
             found = True
     if not found:
         raise UserError("model: no adapters are attached, so there is nothing to detach")

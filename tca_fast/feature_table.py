@@ -33,7 +33,15 @@ class FeatureTable:
     layers: list[ActiveFeatures]
 
     def of_token(self, index: int) -> list[tuple[int, int, float]]:
-        """(layer, feature, activation) of everything active at one token, strongest first."""
+        """(layer, feature, activation) of everything active at one token, strongest first.
+
+        Args:
+            index: of the token; a negative one counts from the end.
+
+        Raises:
+            IndexError: there is no such token.
+        """
+        index = range(len(self.tokens))[index]
         found = []
         for layer, active in enumerate(self.layers):
             row = slice(int(active.row_ptr[index]), int(active.row_ptr[index + 1]))
@@ -63,10 +71,23 @@ def tabulate(
     adapted: AdaptedModel, text: str, tokenizer: PreTrainedTokenizerBase | None
 ) -> FeatureTable:
     """Run a text through the adapted model once; see `AdaptedModel.features`."""
+    if not isinstance(text, str):
+        raise UserError(f"text: {type(text).__name__} is no text; give one str")
     tokenizer = tokenizer or _tokenizer_of(adapted)
+    if not callable(tokenizer):
+        raise UserError(
+            f"tokenizer: {tokenizer!r} is none; give AutoTokenizer.from_pretrained of a name"
+        )
     input_ids = tokenizer(text, return_tensors="pt")["input_ids"]
     if input_ids.shape[1] == 0:
         raise UserError("text: has no tokens; give some text")
+    known = adapted.model.get_input_embeddings().num_embeddings
+    if (largest := int(input_ids.max())) >= known:
+        raise UserError(
+            f"tokenizer: gives token {largest}, and the model knows {known}; give the model's own"
+        )
+    if not all(wrapped.enabled for wrapped in adapted.wrapped):
+        raise UserError("adapters: are switched off here, so no feature fires; call it outside")
     input_ids = input_ids.to(adapted.model.device)
     with torch.no_grad(), activations.record() as recording:
         adapted.model(input_ids=input_ids, use_cache=False)

@@ -206,10 +206,13 @@ def adapter(
     _check("b_dec", b_dec, (width,), x_TD)
     _check_gain(gain, num_features, x_TD)
     if token_mask is not None:
-        if token_mask.dtype != torch.bool or token_mask.shape != x.shape[:-1]:
+        shape, device = x.shape[:-1], x.device
+        fits = token_mask.shape == shape and token_mask.device == device
+        if token_mask.dtype != torch.bool or not fits:
             raise UserError(
-                f"token_mask: {token_mask.dtype} of shape {tuple(token_mask.shape)}; it must be "
-                f"torch.bool of shape {tuple(x.shape[:-1])}, one entry for each token of x"
+                f"token_mask: {token_mask.dtype} of shape {tuple(token_mask.shape)} on "
+                f"{token_mask.device}; it must be torch.bool of shape {tuple(shape)} on {device}, "
+                "one entry for each token of x"
             )
         token_mask = token_mask.flatten()
     y, l1, l0_T, fired_F, row_ptr, *_ = call(

@@ -8,10 +8,12 @@ from torch import nn
 
 import tca_fast
 from tca_fast import sparsity
+from tca_fast.architectures import structure
 from tca_fast.attachment import decoder_parts, residual_states
 
 FAMILIES = {"qwen2": tiny_qwen2, "llama": tiny_llama}
 CONFIG = tca_fast.AdapterConfig(num_features=19)
+TOKENS = torch.tensor([[5, 6, 7, 8]])
 
 
 @pytest.fixture(params=FAMILIES, name="model")
@@ -215,6 +217,80 @@ def test_unsupported_structures_are_named():
     model.model.extra = nn.LayerNorm(24)
     with pytest.raises(tca_fast.UserError, match="exactly one normalisation"):
         tca_fast.attach(model, CONFIG)
+    with pytest.raises(tca_fast.UserError, match="AdaptedModel is no module; .* adapted.model"):
+        tca_fast.detach(tca_fast.attach(tiny_qwen2(), CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ({"final_norm": "norm"}, "positions beside its layers and final norm"),
+        ({"final_norm": "norm", "inputs": ("position",)}, "no 'position' in its decoder"),
+        ({"final_norm": "nrom", "inputs": ("positions",)}, "no 'nrom' in its decoder"),
+        ({"inputs": "positions"}, "inputs: 'positions' is one name"),
+    ],
+)
+def test_mistakes_in_the_file_of_an_architecture_are_named(monkeypatch, says, message):
+    """An input that is left out would stay behind where two models exchange their layers."""
+    model = tiny_qwen2()
+    model.model.positions = nn.Embedding(9, 24)
+
+    def found(model_type):
+        return structure.Architecture(**says)
+
+    monkeypatch.setattr(structure, "_architecture", found)
+    with pytest.raises(tca_fast.UserError, match=message):
+        tca_fast.attach(model, CONFIG)
+    says = {"final_norm": "norm", "inputs": ("positions",)}
+    assert tca_fast.attach(model, CONFIG).layers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype: 'bfloat16' is no floating-point dtype"),
+        ({"dtype": torch.int8}, "dtype: torch.int8 is no floating-point dtype"),
+        ({"seed": None}, "seed: None is no integer"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(tca_fast.UserError, match=message):
+        tca_fast.attach(tiny_qwen2(), CONFIG, **options)
+
+
+def test_detached_adapters_do_not_answer(model):
+    """They would change nothing, and say nothing."""
+    adapted = tca_fast.attach(model, CONFIG)
+    tca_fast.detach(model)
+    again = tca_fast.attach(model, CONFIG)
+    calls = [
+        lambda one: one(TOKENS),
+        lambda one: one.generate(TOKENS, max_new_tokens=1),
+        lambda one: one.set_gain(0, 1, 0.0),
+        lambda one: one.gains({(0, 1): 0.0}).__enter__(),
+        lambda one: one.disabled().__enter__(),
+        lambda one: one.use("default"),
+        lambda one: one.add("second", CONFIG),
+    ]
+    for call in calls:
+        with pytest.raises(tca_fast.UserError, match="these adapters were detached"):
+            call(adapted)
+        call(again)
+
+
+@pytest.mark.parametrize("layer", ["0", [0], 1.0, True, -1, 99])
+def test_layers_that_are_none_are_named(model, layer):
+    adapted = tca_fast.attach(model, CONFIG)
+    with pytest.raises(tca_fast.UserError, match="layer: .* is none of 0"):
+        adapted.set_gain(layer, 0, 0.0)
+
+
+def test_gains_that_are_none_are_named(model):
+    adapted = tca_fast.attach(model, CONFIG)
+    with pytest.raises(tca_fast.UserError, match="gains: .* is no dict"), adapted.gains([(0, 1)]):
+        pass
+    with pytest.raises(tca_fast.UserError, match="too large for torch.float32"):
+        adapted.set_gain(0, 0, 1e40)
 
 
 @pytest.mark.parametrize(

@@ -288,12 +288,33 @@ class TestFeatures:
         assert table.of_feature(1, 4) == dense[1, :, 4].tolist()
         lines = repr(table).splitlines()
         assert len(lines) == 7 and lines[0].startswith("token") and lines[6].startswith("\\n")
+        assert table.of_token(-1) == table.of_token(5)
+        with pytest.raises(IndexError):
+            table.of_token(6)
         layer, feature, value = table.of_token(2)[0]
         assert f"{layer}/{feature} {value:.2f}" in lines[3]
 
     def test_a_model_without_tokenizer_asks_for_one(self, adapted):
         with pytest.raises(UserError, match=r"pass features\(text, tokenizer\)"):
             adapted.features("x")
+
+    @pytest.mark.parametrize("text", [["a", "b"], None, 3, b"abc", []])
+    def test_one_text_is_asked_for(self, adapted, text):
+        with pytest.raises(UserError, match="text: .* is no text; give one str"):
+            adapted.features(text, character_tokenizer())
+
+    def test_a_tokenizer_of_another_model_is_refused(self, adapted):
+        with pytest.raises(UserError, match="tokenizer: 'm' is none"):
+            adapted.features("hi", "m")
+        few = tca_fast.attach(tiny_qwen2(vocab_size=40), adapted.config)
+        with pytest.raises(UserError, match=r"tokenizer: gives token \d+, and the model knows 40"):
+            few.features("hi", character_tokenizer())
+
+    def test_switched_off_adapters_have_no_features(self, adapted):
+        tokenizer = character_tokenizer()
+        off = tca_fast.attach(tiny_qwen2(vocab_size=len(tokenizer)), adapted.config)
+        with off.disabled(), pytest.raises(UserError, match="adapters: are switched off here"):
+            off.features("hi", tokenizer)
 
     def test_nothing_is_recorded_or_computed_when_off(self, adapted, monkeypatch):
         with adapted.record() as recording:

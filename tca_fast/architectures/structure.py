@@ -38,6 +38,11 @@ class Architecture:
     inputs: tuple[str, ...] = ()
     refused: str | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse one name where several are expected: it would be taken for its letters."""
+        if isinstance(self.inputs, str):
+            raise UserError(f"inputs: {self.inputs!r} is one name; write ({self.inputs!r},)")
+
 
 @dataclass(frozen=True)
 class DecoderParts:
@@ -78,6 +83,8 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
             says which part is missing.
     """
     name = type(model).__name__
+    if not hasattr(model, "named_modules"):
+        raise UserError(f"model: {name} is no module; pass the model itself, such as adapted.model")
     config = getattr(model, "config", None)
     num_layers = getattr(config, "num_hidden_layers", None)
     if num_layers is None:
@@ -85,7 +92,8 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
             f"model: {name} has no config.num_hidden_layers; pass a Hugging Face causal "
             "language model"
         )
-    architecture = _architecture(getattr(config, "model_type", ""))
+    model_type = getattr(config, "model_type", "")
+    architecture = _architecture(model_type)
     if architecture.refused is not None:
         raise UserError(f"model: {name} cannot have adapters, because {architecture.refused}")
     layers_name, layers = _layers(model, num_layers)
@@ -93,13 +101,26 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding is None or head is None:
         raise UserError(f"model: {name} has no language-model head; pass a causal language model")
+    children = dict(decoder.named_children())
+    for child_name in filter(None, (*architecture.inputs, architecture.final_norm)):
+        if child_name not in children:
+            raise UserError(
+                f"model: {name} has no {child_name!r} in its decoder, as architectures/"
+                f"{model_type}.py says, only {', '.join(children)}; mend that file"
+            )
     inputs = {
         child_name: child
-        for child_name, child in decoder.named_children()
+        for child_name, child in children.items()
         if child is embedding or child_name in architecture.inputs
     }
-    norm_name = architecture.final_norm or _final_norm(decoder, [layers, *inputs.values()], name)
-    norm = decoder.get_submodule(norm_name)
+    known = [layers, *inputs.values()]
+    norm_name = architecture.final_norm or _final_norm(decoder, known, name)
+    norm = children[norm_name]
+    if left := _with_weights(decoder, [*known, norm]):
+        raise UserError(
+            f"model: {name} has {', '.join(left)} beside its layers and final norm; where they "
+            f"make the first layer's input, architectures/{model_type}.py names them in inputs"
+        )
     width = _width(model, norm)
     return DecoderParts(
         decoder, layers, layers_name, embedding, inputs, norm, norm_name, head, width
@@ -108,6 +129,7 @@ def decoder_parts(model: PreTrainedModel) -> DecoderParts:
 
 def _architecture(model_type: str) -> Architecture:
     """What the file named after a model type says, or nothing where there is none."""
+    model_type = model_type.replace("-", "_")
     path = f"tca_fast.architectures.{model_type}"
     if not model_type.isidentifier() or importlib.util.find_spec(path) is None:
         return Architecture()
@@ -141,13 +163,18 @@ def _layers(model: PreTrainedModel, num_layers: int) -> tuple[str, nn.ModuleList
     )
 
 
-def _final_norm(decoder: nn.Module, known: list[nn.Module], name: str) -> str:
-    """The one child beside layers and embeddings that has weights."""
-    candidates = [
+def _with_weights(decoder: nn.Module, known: list[nn.Module]) -> list[str]:
+    """Names of the other children that have weights."""
+    return [
         child_name
         for child_name, child in decoder.named_children()
         if all(child is not module for module in known) and any(True for _ in child.parameters())
     ]
+
+
+def _final_norm(decoder: nn.Module, known: list[nn.Module], name: str) -> str:
+    """The one child beside layers and embeddings that has weights."""
+    candidates = _with_weights(decoder, known)
     if len(candidates) != 1:
         found = ", ".join(candidates) or "none"
         raise UserError(
