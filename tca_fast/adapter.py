@@ -122,7 +122,8 @@ class TranscoderAdapter(nn.Module):
         if x.dim() != 3 or len(x) != len(gain_BF):
             raise UserError(
                 f"gain: set for batches of {len(gain_BF)} rows, but the hidden states have shape "
-                f"{tuple(x.shape)}; give one value for each row, or clear_gains()"
+                f"{tuple(x.shape)}; give one value for each row (generate makes num_beams or "
+                "num_return_sequences rows of each), or clear_gains()"
             )
         active = self.encode(x).trim()
         token, feature = active.tokens(), active.feature.long()

@@ -13,6 +13,7 @@ Shapes: F features per layer, D model width, L layers.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -218,9 +219,13 @@ def local_directory(directory: str | Path, revision: str | None) -> Path:
     """The directory itself, or the snapshot of a hub repository.
 
     Raises:
-        UserError: neither a directory here nor a repository that the hub gives.
+        UserError: no path, a file, or neither a directory here nor a repository that the hub gives.
     """
+    if not isinstance(directory, str | os.PathLike):
+        raise UserError(f"directory: {type(directory).__name__} is no path; give the adapter's")
     path = Path(directory)
+    if path.is_file():
+        raise UserError(f"directory: {path} is a file; give its directory, {path.parent}")
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
         return path
     from huggingface_hub import snapshot_download

@@ -284,6 +284,13 @@ class TestRefusedLoad:
         with pytest.raises(UserError, match="nowhere does not exist"):
             tca_fast.load(make_model(), tmp_path / "nowhere")
 
+    def test_what_is_no_directory(self, tmp_path):
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+        with pytest.raises(UserError, match=f"is a file; give its directory, {tmp_path}"):
+            tca_fast.load(make_model(), tmp_path / "adapter_model.safetensors")
+        with pytest.raises(UserError, match="directory: NoneType is no path"):
+            tca_fast.load(make_model(), None)
+
     def test_a_folder_without_adapter_says_what_was_expected(self, tmp_path):
         (tmp_path / "notes.txt").write_text("")
         with pytest.raises(UserError, match="expected adapter_config.json.*found notes.txt"):

@@ -16,9 +16,11 @@ namespace tca_fast {
 namespace {
 
 // Above this share of active features, four gathered rows for each of them cost more than five
-// dense products (benchmarks/README.md has the readings).
-bool prefers_dense(int64_t entries, int64_t num_tokens, int64_t F) {
-  return entries > num_tokens * F / 16;
+// dense products (benchmarks/README.md has the readings). A product takes activations times gains in
+// their dtype, which in half precision a large gain leaves.
+bool prefers_dense(int64_t entries, const AdapterArguments& in) {
+  const bool may_overflow = in.gain && in.dtype == ScalarType::Half;
+  return entries > in.num_tokens * in.F / 16 && !may_overflow;
 }
 
 // g_f·features, or the features themselves where there is no gain.
@@ -203,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
       found = Packed<T>(scan(pointer<T>(z), pointer<T>(in.b_enc), k, num_tokens, F));
       std::tie(row_ptr, feature, value) = found.tensors(capacity, in.dtype);
     }
-    if (prefers_dense(pointer<int64_t>(row_ptr)[num_tokens], num_tokens, F)) {
+    if (prefers_dense(pointer<int64_t>(row_ptr)[num_tokens], in)) {
       if (!keeps_dense) {
         activate_with_statistics<T>(in, z, output<int64_t>(row_ptr), statistics);
       }
@@ -254,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
   const int64_t entries = pointer<int64_t>(row_ptr)[num_tokens], capacity = feature.sizes()[0];
   const bool kept_dense = capacity == 0 && value.sizes()[0] == num_tokens * F;
   const bool overflowed = !kept_dense && entries > capacity;
-  const bool dense = prefers_dense(entries, num_tokens, F);
+  const bool dense = prefers_dense(entries, in);
 
   AdapterGradients gradients(in);
   dispatch(in.dtype, [&](auto* type) {

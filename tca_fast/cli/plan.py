@@ -125,7 +125,7 @@ def _show_heading(console: Console, planner: Planner, num_ranks: int, nodes: int
         f"{where}; {shape.num_hidden_layers} layers of width {shape.hidden_size}, "
         f"{shape.parameters / 1e9:.2f} G parameters a model (shapes from {shape.source})"
     )
-    bound = " at most, so that times are upper bounds; --tokens gives the mean"
+    bound = " at most; times take all for that long, --tokens gives the mean"
     console.print(
         f"{workload.sequences:,} sequences of {workload.tokens:,} tokens"
         f"{bound if workload.is_bound else ''}"
