@@ -45,6 +45,10 @@ _NAMESPACES = {
     "cuda": "tca_fast_cuda",
 }
 _DISPATCHED = "tca_fast"
+# Of the compiled CUDA kernels: columns of a row of gradients, in loads of 16 bytes where rows are
+# aligned to them, and features among which the k largest are found.
+_MOST_WIDTH = 2048
+_MOST_TOPK_FEATURES = 1 << 16
 # Dispatch keys under which a backend's own namespace may be registered.
 _ANY_DEVICE = "CompositeExplicitAutograd"
 
@@ -440,7 +444,11 @@ def _measured(name: str) -> Callable[..., Any]:
     """An operator on CUDA, by the backend that was measured to be the fastest for the call."""
 
     def run(*arguments: Any) -> Any:
-        chosen = selection.choose(_call(name, arguments), cuda_backends(), arguments[0].device)
+        call, among = _call(name, arguments), cuda_backends()
+        # What is asked for by name says itself what it does not serve.
+        if not selection.named(among) and not _fits_compiled(call, name, arguments):
+            among = tuple(backend for backend in among if backend != "cuda")
+        chosen = selection.choose(call, among, arguments[0].device)
         return _OPERATORS[_NAMESPACES[chosen]][name](*arguments)
 
     return run
@@ -450,10 +458,32 @@ def _forward(operator: str) -> str:
     return operator.removesuffix("_backward")
 
 
+def _given(name: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """The arguments of an operator by name."""
+    parameters = _OPERATORS[_DISPATCHED][name]._schema.arguments  # type: ignore[attr-defined]
+    return {parameter.name: a for parameter, a in zip(parameters, arguments, strict=True)}
+
+
+def _fits_compiled(call: Call, name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether the compiled CUDA kernels serve a call and its backward; csrc/cuda has the limits."""
+    given = _given(name, arguments)
+    weight = given["W_enc" if "W_enc" in given else "W_dec"]
+    k, room = given.get("k"), given.get("capacity", 0)
+    numbers_a_load = 16 // weight.itemsize
+    is_aligned = call.width % numbers_a_load == 0
+    most_width = _MOST_WIDTH * numbers_a_load if is_aligned else 2 * _MOST_WIDTH
+    keeps_dense = call.operator == "adapter" and room >= call.tokens * call.features
+    return (
+        weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and call.width <= most_width
+        and (room < 2**31 or keeps_dense)
+        and (k is None or call.features <= _MOST_TOPK_FEATURES)
+    )
+
+
 def _call(name: str, arguments: tuple[Any, ...]) -> Call:
     """What `selection` may look at: the same for a forward pass and its backward."""
-    schema = getattr(torch.ops.tca_fast, name).default._schema
-    given = {parameter.name: a for parameter, a in zip(schema.arguments, arguments, strict=True)}
+    given = _given(name, arguments)
     features, width = given["W_enc" if "W_enc" in given else "W_dec"].shape
     tokens = len(given["x"]) if "x" in given else len(given["row_ptr"]) - 1
     if "capacity" in given:

@@ -194,3 +194,36 @@ def test_forward_and_backward_choose_by_the_same_call(monkeypatch, expected_dens
     # The same as the operators give without a choice.
     expected = ops.encode(x, W, torch.zeros(F), k=5)
     assert torch.equal(expected.feature, feature)
+
+
+@pytest.mark.parametrize(
+    ("fits", "change"),
+    [
+        (True, {}),
+        (True, {"D": 4095}),
+        (False, {"D": 4097}),
+        (True, {"D": 8192}),
+        (False, {"D": 8196}),
+        (True, {"D": 16384, "dtype": torch.bfloat16}),
+        (False, {"D": 16392, "dtype": torch.bfloat16}),
+        (False, {"dtype": torch.float64}),
+        (True, {"F": 65536, "k": 3}),
+        (False, {"F": 65537, "k": 3}),
+        (True, {"F": 65537}),
+        (False, {"T": 2**17, "F": 2**16, "capacity": 2**31}),
+        (True, {"T": 2**17, "F": 2**16, "capacity": 2**33}),
+    ],
+    ids=str,
+)
+def test_the_compiled_kernels_are_not_chosen_for_what_they_refuse(monkeypatch, fits, change):
+    """The limits are those that csrc/cuda checks; other backends have none of them."""
+    sizes = {"T": 4, "D": 8, "F": 16, "k": None, "capacity": 9, "dtype": torch.float32, **change}
+    like = {"dtype": sizes["dtype"], "device": "meta"}
+    x, W = torch.empty(sizes["T"], sizes["D"], **like), torch.empty(sizes["F"], sizes["D"], **like)
+    forward = (x, x, W, W[:, 0], W, None, None, None, sizes["k"], sizes["capacity"])
+    among = []
+    monkeypatch.setattr(registry, "cuda_backends", lambda: ALL)
+    monkeypatch.setattr(selection, "choose", lambda call, given, device: among.append(given) or "x")
+    with pytest.raises(KeyError):
+        registry._measured("adapter")(*forward)
+    assert among == [ALL if fits else ("reference", "triton")]
