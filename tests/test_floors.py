@@ -21,6 +21,7 @@ FLOORS = {
     "results": 0,
     "kernels": 0,
     "registry": 1,
+    "operator_rules": 1,
     "selection": 1,
     "ops": 1,
     "losses": 1,
