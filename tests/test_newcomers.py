@@ -139,7 +139,7 @@ ATTACHING = {
         lambda: transformers.Qwen2Model(transformers.Qwen2Config(**SHAPE)),
         "no language-model head; pass a causal language model",
     ),
-    "a name in the model's place": (lambda: "Qwen/Qwen2.5-7B", "str has no config"),
+    "a name in the model's place": (lambda: "Qwen/Qwen2.5-7B", "str is no module"),
     "a layer without MLP": (
         lambda: with_mlp(lambda layer: delattr(layer, "mlp") if layer.self_attn.layer_idx else 0),
         "no child named 'mlp' in model.layers.1, only self_attn",
