@@ -105,6 +105,8 @@ def _play(measurement: dict[str, Measured], variant: str, benchmark: Any) -> Any
 
     def play() -> None:
         row, milliseconds = measurement[variant].row, measurement[variant].milliseconds
+        if row.get("is_refused"):
+            pytest.fail(f"{variant}: {row['absent']}")
         if "absent" in row:
             pytest.skip(row["absent"])
         seconds = iter([value * 1e-3 for value in milliseconds])

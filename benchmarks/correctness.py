@@ -18,8 +18,7 @@ from benchmarks.layers import DenseEager
 from benchmarks.operations import ARGUMENTS, Operation, Tensors
 
 _TIMES_DENSE_ERROR = 2
-# What a sum of some thousand terms gathers, in roundings of the dtype it is added in, which is
-# float32 or wider; the result is then rounded once.
+# What a sum of some thousand terms gathers, in roundings of the dtype it is added in.
 _SUM_ROUNDINGS = 64
 
 
@@ -68,9 +67,12 @@ def allowed_errors(case: Case, tensors: Tensors, dense: dict[str, float]) -> dic
 
 
 def rounding_of_sums(dtype: torch.dtype) -> float:
-    """Relative error that rounding alone explains in a sum of products."""
-    eps = torch.finfo(dtype).eps
-    return _SUM_ROUNDINGS * min(eps, torch.finfo(torch.float32).eps) + eps
+    """Relative error that rounding alone explains in a sum of products.
+
+    16-bit numbers are added in float32, and their sum is then rounded once more.
+    """
+    eps, single = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+    return _SUM_ROUNDINGS * eps if eps <= single else _SUM_ROUNDINGS * single + eps
 
 
 def _undecided_pairs(case: Case, tensors: Tensors) -> int:

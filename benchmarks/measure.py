@@ -108,7 +108,8 @@ def measure(
     for name in names:
         row = _identity(operation, case, name, machine)
         if absent[name] is not None:
-            measured[name] = Measured({**row, "absent": absent[name]}, [])
+            found = {"absent": absent[name], "is_refused": name in refused}
+            measured[name] = Measured({**row, **found}, [])
             continue
         needed = product if name == PRODUCT else operation.work(case, itemsize)
         median, low, high = spread(milliseconds[name])

@@ -243,7 +243,7 @@ def _triton(name: str) -> Callable[..., Any]:
         dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
         options = {}
         if _forward(name) == "adapter":
-            _, *shape, _ = _call(name, arguments)
+            _, *shape, _ = _call(name, _given(name, arguments))
             options["dense_share"] = dense_share(dense[0].device, *shape)
         # Triton launches on the current device, which need not be the one of the tensors.
         with torch.cuda.device_of(dense[0]):
@@ -256,11 +256,12 @@ def _measured(name: str) -> Callable[..., Any]:
     """An operator on CUDA, by the backend that was measured to be the fastest for the call."""
 
     def run(*arguments: Any) -> Any:
-        call, among = _call(name, arguments), cuda_backends()
+        given, among = _given(name, arguments), cuda_backends()
+        asked = _call(name, given)
         # What is asked for by name says itself what it does not serve.
-        if not selection.named(among) and not _fits_compiled(call, name, arguments):
+        if not selection.named(among) and not _fits_compiled(asked, given):
             among = tuple(backend for backend in among if backend != "cuda")
-        chosen = selection.choose(call, among, arguments[0].device)
+        chosen = selection.choose(asked, among, arguments[0].device)
         return _OPERATORS[_NAMESPACES[chosen]][name](*arguments)
 
     return run
@@ -276,33 +277,33 @@ def _given(name: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
     return {parameter.name: a for parameter, a in zip(parameters, arguments, strict=True)}
 
 
-def _fits_compiled(call: Call, name: str, arguments: tuple[Any, ...]) -> bool:
+def _room(given: dict[str, Any]) -> int:
+    """Activations that there is room for: what a forward reserves, and its backward is handed."""
+    if "capacity" in given:
+        return given["capacity"]
+    return len(given["value" if "value" in given else "feature"])
+
+
+def _fits_compiled(asked: Call, given: dict[str, Any]) -> bool:
     """Whether the compiled CUDA kernels serve a call and its backward; csrc/cuda has the limits."""
-    given = _given(name, arguments)
-    weight = given["W_enc" if "W_enc" in given else "W_dec"]
-    k, room = given.get("k"), given.get("capacity", 0)
+    weight, k = given["W_enc" if "W_enc" in given else "W_dec"], given.get("k")
     numbers_a_load = 16 // weight.itemsize
-    is_aligned = call.width % numbers_a_load == 0
+    is_aligned = asked.width % numbers_a_load == 0
     most_width = _MOST_WIDTH * numbers_a_load if is_aligned else 2 * _MOST_WIDTH
-    keeps_dense = call.operator == "adapter" and room >= call.tokens * call.features
+    keeps_dense = asked.operator == "adapter" and _room(given) >= asked.tokens * asked.features
     return (
         weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and call.width <= most_width
-        and (room < 2**31 or keeps_dense)
-        and (k is None or call.features <= _MOST_TOPK_FEATURES)
+        and asked.width <= most_width
+        and (_room(given) < 2**31 or keeps_dense)
+        and (k is None or asked.features <= _MOST_TOPK_FEATURES)
     )
 
 
-def _call(name: str, arguments: tuple[Any, ...]) -> Call:
+def _call(name: str, given: dict[str, Any]) -> Call:
     """What `selection` may look at: the same for a forward pass and its backward."""
-    given = _given(name, arguments)
     features, width = given["W_enc" if "W_enc" in given else "W_dec"].shape
     tokens = len(given["x"]) if "x" in given else len(given["row_ptr"]) - 1
-    if "capacity" in given:
-        room = given["capacity"]
-    else:
-        room = len(given["value" if "value" in given else "feature"])
-    density = min(1.0, room / max(1, tokens * features))
+    density = min(1.0, _room(given) / max(1, tokens * features))
     # Without a k the layer has room for twice what is expected, unless it has room for all.
     if "k" in given and given["k"] is None and _forward(name) == "adapter" and density < 1:
         density /= 2

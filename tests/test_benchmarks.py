@@ -186,7 +186,8 @@ def test_what_others_compute_wrong_is_absent_and_the_rest_is_timed(monkeypatch):
     for wrong, reason in ((NoBranch, "wrong, not timed: y is off"), (Broken, "fails: no such")):
         monkeypatch.setitem(measure.IMPLEMENTATIONS, TORCH_SPARSE, wrong)
         measured = measure.measure(LAYER, TINY[0], [OURS, TORCH_SPARSE], machine(), rounds=1)
-        assert measured[TORCH_SPARSE].row["absent"].startswith(reason)
+        row = measured[TORCH_SPARSE].row
+        assert row["absent"].startswith(reason) and row["is_refused"]
         assert measured[OURS].row["median_ms"] > 0
 
 

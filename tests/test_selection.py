@@ -224,6 +224,9 @@ def test_the_compiled_kernels_are_not_chosen_for_what_they_refuse(monkeypatch, f
     among = []
     monkeypatch.setattr(registry, "cuda_backends", lambda: ALL)
     monkeypatch.setattr(selection, "choose", lambda call, given, device: among.append(given) or "x")
-    with pytest.raises(KeyError):
-        registry._measured("adapter")(*forward)
-    assert among == [ALL if fits else ("reference", "triton")]
+    y, l1, _, _, *kept = torch.ops.tca_fast.adapter(*forward)
+    backward = (y, l1, x, W, W[:, 0], W, None, None, sizes["k"], *kept)
+    for name, arguments in (("adapter", forward), ("adapter_backward", backward)):
+        with pytest.raises(KeyError):
+            registry._measured(name)(*arguments)
+    assert among == [ALL if fits else ("reference", "triton")] * 2

@@ -93,9 +93,9 @@ class RowSearch {
 
  private:
   // A number, 0 or more, that is less than the K largest activations. Of groups of features, each in
-  // another lane or another stretch of the row, the largest one each is known after one pass; the K-th
-  // largest of those is reached by K features. Its predecessor in T is taken, because what rounds to
-  // it may still win a tie.
+  // another lane or another stretch of the row and K of them or more, the largest one each is known
+  // after one pass; the K-th largest of those is reached by K features. Its predecessor in T is
+  // taken, because what rounds to it may still win a tie.
   Sum<T> below_largest(const T* z, const T* b_enc, int64_t num_features) const {
     constexpr int64_t kStretch = kLanes * kLanes;
     std::vector<Sum<T>> largest((num_features / kStretch + 1) * kLanes, Sum<T>(0));
@@ -106,9 +106,6 @@ class RowSearch {
             static_cast<Sum<T>>(z[f + lane]) + static_cast<Sum<T>>(b_enc[f + lane]);
         lanes[lane] = value > lanes[lane] ? value : lanes[lane];
       }
-    }
-    if (static_cast<int64_t>(largest.size()) < *k_) {
-      return 0;
     }
     const auto bound = largest.begin() + (*k_ - 1);
     std::nth_element(largest.begin(), bound, largest.end(), std::greater<Sum<T>>());

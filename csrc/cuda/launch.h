@@ -27,6 +27,7 @@ namespace tca_fast::cuda {
 
 constexpr int kWarpSize = 32, kMostWarps = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFF;
+
 // The shared memory whose size the launch gives, aligned to 16 bytes.
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {

@@ -231,8 +231,8 @@ def read_origin(record: Any, where: str) -> Origin:
         marks = names.pop("fingerprint")
         mark = Fingerprint(**marks) if marks else None
         provenance = Provenance(**names, fingerprint=mark)
-        if provenance.backbone not in ("base", "target") or not isinstance(layers_name, str):
-            raise ValueError(f"backbone {provenance.backbone!r}, layers_name {layers_name!r}")
+        if not isinstance(layers_name, str):
+            raise ValueError(f"layers_name {layers_name!r}")
         for field in ("base", "base_revision", "target", "target_revision"):
             if not isinstance(name := getattr(provenance, field), str | None):
                 raise ValueError(f"{field} {name!r}")
