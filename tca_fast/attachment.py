@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -232,7 +233,7 @@ class AdaptedModel:
             UserError: no such layer or feature, or a gain that is not finite.
         """
         self._check_attached()
-        if layer is not None and (type(layer) is not int or not 0 <= layer < len(self.layers)):
+        if layer is not None and not (_is_integer(layer) and 0 <= layer < len(self.layers)):
             raise UserError(
                 f"layer: {layer!r} is none of 0..{len(self.layers) - 1}; give one, or None for all"
             )
@@ -324,6 +325,11 @@ class AdaptedModel:
         return ", ".join(map(repr, self._sets))
 
 
+def _is_integer(value: Any) -> bool:
+    """Whether it counts as one for Python, as numbers of numpy do; True and False do not here."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def attach(
     model: PreTrainedModel,
     config: AdapterConfig | None = None,
@@ -406,9 +412,9 @@ def _fresh_adapters(
         )
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype: {dtype!r} is no floating-point dtype; pass torch.bfloat16")
-    if type(seed) is not int:
+    if not _is_integer(seed):
         raise UserError(f"seed: {seed!r} is no integer; pass one, such as 0")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     adapters = NamedAdapters(config, [])
     for mlp in mlps:
         device = next((p.device for p in mlp.parameters()), None)

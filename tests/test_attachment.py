@@ -1,5 +1,6 @@
 """Attaching changes nothing until an adapter says something, and detaching undoes it."""
 
+import numpy
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -283,6 +284,12 @@ def test_layers_that_are_none_are_named(model, layer):
     adapted = tca_fast.attach(model, CONFIG)
     with pytest.raises(tca_fast.UserError, match="layer: .* is none of 0"):
         adapted.set_gain(layer, 0, 0.0)
+
+
+def test_a_layer_may_be_counted_by_numpy(model):
+    adapted = tca_fast.attach(model, CONFIG, seed=numpy.int64(3))
+    adapted.set_gain(numpy.int64(1), 2, 0.0)
+    assert adapted.layers[1].gain[2] == 0
 
 
 def test_gains_that_are_none_are_named(model):
