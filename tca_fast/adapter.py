@@ -260,7 +260,7 @@ class AdaptedMLP(nn.Module):
     """A frozen MLP with an adapter beside it, in the place of the MLP.
 
     Attributes:
-        mlp: the wrapped module, untouched.
+        mlp: the wrapped module, untouched; in a `state_dict` its tensors have their bare names.
         adapter: its adapter.
         layer: index of the decoder layer, for statistics.
         enabled: False makes this the bare MLP.
@@ -274,6 +274,8 @@ class AdaptedMLP(nn.Module):
         self.layer = layer
         self.enabled = True
         self.is_attached = True
+        self.register_state_dict_post_hook(_name_as_bare)
+        self.register_load_state_dict_pre_hook(_name_as_wrapped)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """MLP plus adapter; reports to the open recorders, if any.
@@ -290,6 +292,23 @@ class AdaptedMLP(nn.Module):
         if not self.enabled:
             return mlp_out
         return add_branches([self.adapter], self.layer, hidden_states, mlp_out)
+
+
+def _name_as_bare(module: nn.Module, tensors: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Name the MLP's tensors in a `state_dict` as without an adapter, so that what
+    `model.save_pretrained` writes is still the model; the adapter's stand beside them."""
+    wrapped = f"{prefix}mlp."
+    for name in [name for name in tensors if name.startswith(wrapped)]:
+        tensors[prefix + name.removeprefix(wrapped)] = tensors.pop(name)
+
+
+def _name_as_wrapped(
+    module: nn.Module, tensors: dict[str, Any], prefix: str, *remaining: Any
+) -> None:
+    """The inverse, for `load_state_dict`."""
+    for name in [name for name in tensors if name.startswith(prefix)]:
+        if not name.startswith(f"{prefix}adapter."):
+            tensors[f"{prefix}mlp.{name.removeprefix(prefix)}"] = tensors.pop(name)
 
 
 def add_branches(adapters: Sequence[TranscoderAdapter], layer: int, x: Tensor, mlp_out: Any) -> Any:

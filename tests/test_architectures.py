@@ -68,6 +68,14 @@ def test_saved_adapters_load_to_the_same_bits(family, tmp_path):
     assert torch.equal(logits(tca_fast.load(make(family), tmp_path)), logits(adapted))
 
 
+def test_the_model_is_saved_as_it_was_while_adapters_are_on(family, tmp_path):
+    model = make(family)
+    before = logits(model)
+    randomise(tca_fast.attach(model, CONFIG))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path).eval()), before)
+
+
 def test_generation_with_a_cache_equals_generation_without(family):
     adapted = tca_fast.attach(make(family), CONFIG)
     randomise(adapted)

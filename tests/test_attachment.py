@@ -80,6 +80,19 @@ def test_detach_restores_the_model(model):
         tca_fast.detach(model)
 
 
+def test_a_state_dict_has_the_models_own_names(model):
+    names = list(model.state_dict())
+    randomise(tca_fast.attach(model, CONFIG))
+    tensors = model.state_dict()
+    assert set(names) == {name for name in tensors if ".mlp.adapter." not in name}
+    assert len(tensors) == len(names) + 3 * 4
+
+    other = type(model)(model.config).eval()
+    tca_fast.attach(other, CONFIG)
+    other.load_state_dict(tensors)
+    assert torch.equal(logits(other), logits(model))
+
+
 def test_parameters_have_the_documented_shapes(model):
     adapted = tca_fast.attach(model, CONFIG)
     assert len(adapted.layers) == 3
