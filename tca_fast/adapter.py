@@ -180,12 +180,12 @@ class TranscoderAdapter(nn.Module):
         Args:
             feature: one feature, several (a list, an array or a tensor), or None for all of this
                 layer.
-            value: the multiplier, or one for each row of the batches to come. A call with other
-                than that number of rows is then refused.
+            value: the multiplier, or, with one feature or None, one for each row of the batches
+                to come. A call with other than that number of rows is then refused.
 
         Raises:
-            UserError: no such feature, a gain that is not finite, or gains for another number of
-                rows than those set before.
+            UserError: no such feature, a gain that is not finite, several for several features,
+                or gains for another number of rows than those set before.
         """
         columns = slice(None) if feature is None else self._checked(feature)
         multipliers = _numbers("gain", value, torch.float64).cpu()
@@ -193,6 +193,11 @@ class TranscoderAdapter(nn.Module):
             raise UserError(
                 f"gain: has shape {list(multipliers.shape)}; give a number, or one for each row of "
                 "the batches to come"
+            )
+        if multipliers.dim() and isinstance(columns, Tensor) and len(columns) > 1:
+            raise UserError(
+                f"gain: {len(multipliers)} values for {len(columns)} features could be one for "
+                "each feature or one for each row; set one feature at a time"
             )
         for multiplier in multipliers.flatten().tolist():
             if not math.isfinite(multiplier):

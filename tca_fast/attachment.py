@@ -227,10 +227,12 @@ class AdaptedModel:
             layer: of the active adapters; None is all layers.
             feature: one, several (a list, an array or a tensor), or None for all features of the
                 layer.
-            value: the multiplier, or one for each row of the batches to come.
+            value: the multiplier, or, with one feature or None, one for each row of the batches
+                to come.
 
         Raises:
-            UserError: no such layer or feature, or a gain that is not finite.
+            UserError: no such layer or feature, a gain that is not finite, or several for several
+                features.
         """
         self._check_attached()
         if layer is not None and not (_is_integer(layer) and 0 <= layer < len(self.layers)):

@@ -170,7 +170,8 @@ class TestGains:
         adapted.set_gain(None, [3, 4], 0.5)
         (expected, theirs) = run()
         adapted.clear_gains()
-        adapted.set_gain(None, [3, 4], [0.5, 0.5, 0.5])
+        for feature in (3, 4):
+            adapted.set_gain(None, feature, [0.5, 0.5, 0.5])
         assert adapted.layers[0].gain.shape == (3, 19)
         found, ours = run()
         torch.testing.assert_close(found.l1(), expected.l1())
@@ -202,6 +203,12 @@ class TestGains:
             pass
         assert torch.equal(logits(adapted), before)
 
+    def test_several_values_for_several_features_could_mean_two_things(self, adapted):
+        before = logits(adapted)
+        with pytest.raises(UserError, match="2 values for 2 features .* one feature at a time"):
+            adapted.set_gain(0, [3, 4], [0.0, 2.0])
+        assert torch.equal(logits(adapted), before)
+
     def test_another_number_of_rows_is_refused(self, adapted):
         adapted.set_gain(0, 2, [0.5, 1.0])
         with pytest.raises(UserError, match="batches of 2 rows"):
@@ -210,23 +217,22 @@ class TestGains:
             adapted.set_gain(0, 2, [0.5, 1.0, 1.0])
 
     @pytest.mark.parametrize(
-        "feature",
+        ("feature", "values"),
         [
-            numpy.int64(3),
-            torch.tensor(3),
-            [3, 5],
-            (3, 5),
-            numpy.array([3, 5]),
-            torch.tensor([3, 5]),
+            (numpy.int64(3), 0.5),
+            (torch.tensor(3), [0.5, 2.0]),
+            ([3, 5], 0.5),
+            ((3, 5), 0.5),
+            (numpy.array([3, 5]), 0.5),
+            (torch.tensor([3, 5]), 0.5),
+            (numpy.array([3]), [0.5, 2.0]),
         ],
-        ids=lambda feature: type(feature).__name__,
     )
-    @pytest.mark.parametrize("values", [0.5, [0.5, 2.0]])
     def test_features_and_gains_may_be_arrays(self, adapted, feature, values):
         layer = adapted.layers[1]
         shape = (19,) if isinstance(values, float) else (2, 19)
         expected = torch.ones(shape)
-        for index in [3] if numpy.ndim(feature) == 0 else [3, 5]:
+        for index in [3, 5][: numpy.asarray(feature).size]:
             expected[..., index] = torch.tensor(values)
         for value in (values, numpy.array(values), torch.tensor(values)):
             adapted.clear_gains()
