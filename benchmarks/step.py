@@ -118,7 +118,8 @@ class StepBench:
                     elapsed = stopwatch(self.machine.device, self.step, name, cutoff)
                 milliseconds[name].append(elapsed)
                 passes[name] += counted.counts
-        return [self._row(name, milliseconds, passes[name], l0) for name in self.names]
+        found = [self._row(name, milliseconds, passes[name], l0) for name in self.names]
+        return [{**row, "cutoffs": list(cutoffs)} for row in found]
 
     def _row(
         self, name: str, milliseconds: dict[str, list[float]], passes: Counter[str], l0: float

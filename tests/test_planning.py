@@ -360,6 +360,7 @@ def test_measured_rates_win_over_assumed_ones(tmp_path):
         "features": 8192,
         "mean_ms": 1000.0,
         "shape": shape,
+        "cutoffs": list(range(29)),
     }
     other = row | {"device": "NVIDIA A100-SXM4-80GB", "mean_ms": 1.0}
     plain = row | {"variant": "plain", "mean_ms": 1.0}
@@ -370,6 +371,16 @@ def test_measured_rates_win_over_assumed_ones(tmp_path):
     assert rate.is_measured and "h100.json" in rate.source
     assert rate.flops == pytest.approx(704e12, rel=0.002)
     assert not step_rate(DEVICES["a100-40gb"], [path]).is_measured
+
+    def measured(cutoffs):
+        path.write_text(json.dumps({"rows": [row | {"cutoffs": cutoffs}]}))
+        return step_rate(device, [path]).flops
+
+    # What ran counts, not what is expected: at both ends no layer runs for the bridging.
+    assert measured([0]) == measured([28]) < measured([20]) < measured([4])
+    assert measured([4, 20]) == pytest.approx((measured([4]) + measured([20])) / 2)
+    path.write_text(json.dumps({"rows": [row | {"device": "NVIDIA GH200 480GB"}]}))
+    assert not step_rate(DEVICES["h200-141gb"], [path]).is_measured
 
 
 # Before a run

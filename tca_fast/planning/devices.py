@@ -7,9 +7,11 @@ Memory, bandwidths and peaks are the vendor's data sheets; what of them is reach
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tca_fast.config import ObjectiveConfig
@@ -95,7 +97,8 @@ def step_rate(device: Device, results: Iterable[Path]) -> Rate:
         for row in _rows(path):
             if row.get("operation") != "step" or row.get("variant") not in _SHARED:
                 continue
-            if device.product_name not in str(row.get("device")) or not row.get("mean_ms"):
+            is_device = re.search(rf"\b{device.product_name}\b", str(row.get("device")))
+            if not (is_device and row.get("mean_ms")):
                 continue
             flops = _row_flops(row)
             if flops and (best is None or flops > best[0]):
@@ -121,14 +124,15 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _row_flops(row: dict[str, Any]) -> float | None:
-    """Operations of a measured step; None where the row does not say its shape."""
-    shape = row.get("shape")
-    if not isinstance(shape, dict):
+    """Operations of the mean of the measured steps; None where the row does not say what ran."""
+    shape, cutoffs = row.get("shape"), row.get("cutoffs")
+    if not (isinstance(shape, dict) and cutoffs):
         return None
     model = ModelShape.from_config(shape, "results file", "results")
-    objective = ObjectiveConfig(gradient_checkpointing=_SHARED[row["variant"]])
-    passes = layer_passes(model.num_hidden_layers, objective, shares_ends=True)
     work = layer_work(
         model, row["features"], row["tokens"], row.get("sequences", 1), is_dense=False
     )
-    return step_flops(passes, work)
+    recomputes = _SHARED[row["variant"]]
+    steps = [ObjectiveConfig(cutoffs=[k], gradient_checkpointing=recomputes) for k in cutoffs]
+    passes = [layer_passes(model.num_hidden_layers, step, shares_ends=True) for step in steps]
+    return fmean(step_flops(step, work) for step in passes)
