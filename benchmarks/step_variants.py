@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tca_fast import losses
 from tca_fast.adapter import TranscoderAdapter
-from tca_fast.attachment import decoder_parts, residual_states
+from tca_fast.architectures.structure import decoder_parts
 from tca_fast.bridging.head import Distances, Readout, distances
 from tca_fast.bridging.inputs import Inputs
 from tca_fast.bridging.objective import BridgingObjective, Passes
@@ -26,6 +26,7 @@ from tca_fast.bridging.plain import PlainObjective
 from tca_fast.bridging.shared import SharedObjective
 from tca_fast.bridging.streams import Streams
 from tca_fast.ops import AdapterOutput
+from tca_fast.residual_stream import residual_states
 from tca_fast.sparsity import record
 
 

@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tca_fast.adapted_model import AdaptedModel
     from tca_fast.adapter import AdaptedMLP, TranscoderAdapter
-    from tca_fast.attachment import AdaptedModel, attach, detach
+    from tca_fast.attachment import attach, detach
     from tca_fast.bridging.streams import load_adapted
     from tca_fast.checkpoint import load
     from tca_fast.config import AdapterConfig
@@ -21,7 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ActiveFeatures": "ops",
     "AdaptedMLP": "adapter",
-    "AdaptedModel": "attachment",
+    "AdaptedModel": "adapted_model",
     "AdapterConfig": "config",
     "TranscoderAdapter": "adapter",
     "UserError": "errors",

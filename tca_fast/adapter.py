@@ -170,6 +170,7 @@ class TranscoderAdapter(nn.Module):
         W_dec, b_dec = _cast(self.W_dec, dtype), _cast(self.b_dec, dtype)
         return ops.decode(active, W_dec, b_dec, gain=_cast(self.gain, dtype))
 
+    @torch.inference_mode(False)  # else no backward could use the gain later
     def set_gain(
         self,
         feature: int | Sequence[int] | Tensor | None,

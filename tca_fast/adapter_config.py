@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tca_fast.attachment import MLP_NAME
+from tca_fast.architectures.structure import MLP_NAME
 from tca_fast.errors import UserError
 from tca_fast.fingerprint import Fingerprint
 

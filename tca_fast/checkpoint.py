@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tca_fast.adapted_model import AdaptedModel
 from tca_fast.adapter_config import (
     CARD_NAME,
     CONFIG_NAME,
@@ -35,7 +36,8 @@ from tca_fast.adapter_config import (
     target_modules,
     tensor_shapes,
 )
-from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts, refuse_peft
+from tca_fast.architectures.structure import MLP_NAME, decoder_parts
+from tca_fast.attachment import attach, refuse_peft
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError, one_line
 from tca_fast.fingerprint import Fingerprint, fingerprint, refuse_quantised

@@ -14,7 +14,7 @@ from tca_fast.ops import ActiveFeatures
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tca_fast.attachment import AdaptedModel
+    from tca_fast.adapted_model import AdaptedModel
 
 _SHOWN_FEATURES = 5
 _SHOWN_TOKENS = 60

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tca_fast.adapter import AdaptedMLP
-from tca_fast.attachment import MLP_NAME, decoder_parts
+from tca_fast.architectures.structure import MLP_NAME, decoder_parts
 from tca_fast.errors import UserError
 
 if TYPE_CHECKING:

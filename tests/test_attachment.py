@@ -10,7 +10,8 @@ from torch import nn
 import tca_fast
 from tca_fast import sparsity
 from tca_fast.architectures import structure
-from tca_fast.attachment import decoder_parts, residual_states
+from tca_fast.architectures.structure import decoder_parts
+from tca_fast.residual_stream import residual_states
 
 FAMILIES = {"qwen2": tiny_qwen2, "llama": tiny_llama}
 CONFIG = tca_fast.AdapterConfig(num_features=19)
@@ -78,6 +79,18 @@ def test_detach_restores_the_model(model):
     assert [p.requires_grad for p in model.parameters()] == trainable
     with pytest.raises(tca_fast.UserError, match="no adapters are attached"):
         tca_fast.detach(model)
+
+
+def test_adapters_and_gains_made_in_inference_mode_serve_outside_of_it(model, tmp_path):
+    with torch.inference_mode():
+        adapted = tca_fast.attach(model, CONFIG)
+        adapted.save_pretrained(tmp_path)
+        tca_fast.detach(model)
+        adapted = tca_fast.load(model, tmp_path)
+        adapted.set_gain(0, 3, 2.0)
+    randomise(adapted)
+    logits(model).sum().backward()
+    assert all(parameter.grad.any() for parameter in adapted.parameters())
 
 
 def test_a_state_dict_has_the_models_own_names(model):

@@ -14,7 +14,7 @@ from transformers.integrations import flex_attention as transformers_flex
 from zoo import ZOO, make
 
 from tca_fast import AdapterConfig
-from tca_fast.attachment import decoder_parts
+from tca_fast.architectures.structure import decoder_parts
 from tca_fast.bridging.inputs import Inputs, Packing, check_packing
 from tca_fast.bridging.plain import PlainObjective
 from tca_fast.bridging.shared import SharedObjective

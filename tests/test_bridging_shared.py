@@ -14,7 +14,7 @@ from tiny import SHAPE, batch, packed, randomise, tiny_llama, tiny_qwen2
 from torch import nn
 
 from tca_fast import AdapterConfig
-from tca_fast.attachment import decoder_parts
+from tca_fast.architectures.structure import decoder_parts
 from tca_fast.bridging.golden import verify
 from tca_fast.bridging.plain import PlainObjective
 from tca_fast.bridging.shared import SharedObjective

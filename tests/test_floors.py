@@ -33,6 +33,8 @@ FLOORS = {
     "activations": 2,
     "tokenizer": 2,
     "feature_table": 3,
+    "residual_stream": 2,
+    "adapted_model": 3,
     "attachment": 3,
     "adapter_config": 3,
     "checkpoint": 3,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tca_fast.attachment import decoder_parts
+from tca_fast.architectures.structure import decoder_parts
 from tca_fast.errors import UserError
 from tca_fast.losses import IGNORED_LABEL
 

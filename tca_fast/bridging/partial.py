@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tca_fast import sparsity
-from tca_fast.attachment import decoder_parts
+from tca_fast.architectures.structure import decoder_parts
 from tca_fast.bridging.inputs import Inputs
 from tca_fast.bridging.streams import copy_container
 

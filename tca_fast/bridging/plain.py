@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from tca_fast import losses
-from tca_fast.attachment import residual_states
 from tca_fast.bridging.inputs import Inputs
 from tca_fast.bridging.objective import BridgingObjective, Passes
 from tca_fast.bridging.streams import graft
+from tca_fast.residual_stream import residual_states
 from tca_fast.sparsity import record
 
 if TYPE_CHECKING:

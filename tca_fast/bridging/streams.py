@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from tca_fast import checkpoint
+from tca_fast.adapted_model import AdaptedModel
 from tca_fast.adapter_config import mark_hybrid
-from tca_fast.attachment import MLP_NAME, AdaptedModel, attach, decoder_parts
+from tca_fast.architectures.structure import MLP_NAME, decoder_parts
+from tca_fast.attachment import attach
 from tca_fast.bridging.pair import ACCEPTABLE, check_pair, check_tokenizers
 from tca_fast.bridging.placement import Place, placed, placed_as_loaded
 from tca_fast.errors import UserError, one_line

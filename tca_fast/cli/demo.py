@@ -22,7 +22,7 @@ from tca_fast.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from tca_fast.attachment import AdaptedModel
+    from tca_fast.adapted_model import AdaptedModel
     from tca_fast.config import TrainConfig
     from tca_fast.evaluation.reasoning import Problem
     from tca_fast.evaluation.report import ModelResult, RunReport

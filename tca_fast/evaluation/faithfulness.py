@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from tca_fast.attachment import residual_states
 from tca_fast.errors import UserError
 from tca_fast.losses import IGNORED_LABEL, kl_sum, label_mask, lm_sum, nmse, squared_error_sums
+from tca_fast.residual_stream import residual_states
 from tca_fast.sparsity import record
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from tca_fast.adapter_config import (
     read_adapter_config,
     target_modules,
 )
-from tca_fast.attachment import MLP_NAME
+from tca_fast.architectures.structure import MLP_NAME
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import AdapterSet, Export, Placement, open_adapters
 from tca_fast.formats.tensor_files import read_headers

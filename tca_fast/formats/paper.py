@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tca_fast.adapted_model import AdaptedModel
 from tca_fast.adapter_config import Provenance
-from tca_fast.attachment import AdaptedModel, attach
+from tca_fast.attachment import attach
 from tca_fast.config import AdapterConfig
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import AdapterSet, Placement, foreign_config, open_adapters

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tca_fast.attachment import MLP_NAME
+from tca_fast.architectures.structure import MLP_NAME
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import (
     ORIGIN_KEY,

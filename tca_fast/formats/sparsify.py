@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tca_fast.adapter_config import Provenance
-from tca_fast.attachment import MLP_NAME
+from tca_fast.architectures.structure import MLP_NAME
 from tca_fast.errors import UserError
 from tca_fast.formats.adapter_set import (
     AdapterSet,

@@ -37,7 +37,7 @@ from tca_fast.training.manifest import file_record, write_manifest
 from tca_fast.training.optimizer_state import part_name
 
 if TYPE_CHECKING:
-    from tca_fast.attachment import AdaptedModel
+    from tca_fast.adapted_model import AdaptedModel
     from tca_fast.training.engine import Engine
 
 STATE_NAME = "training_state.json"

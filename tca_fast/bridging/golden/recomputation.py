@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tca_fast.attachment import residual_states
 from tca_fast.bridging.golden.folder import GoldenFolder
 from tca_fast.bridging.objective import BridgingObjective, StepOutput
 from tca_fast.bridging.pair import ACCEPTABLE
 from tca_fast.bridging.streams import Streams, graft, load_streams
 from tca_fast.config import ObjectiveConfig, PairConfig
 from tca_fast.formats.paper import tensor_name, to_paper
+from tca_fast.residual_stream import residual_states
 from tca_fast.sparsity import record
 
 # A pre-activation this close to zero, relative to |x|·|W_enc[f]|, may round to either side.

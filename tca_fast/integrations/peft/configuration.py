@@ -20,7 +20,7 @@ from tca_fast.adapter_config import (
     provenance_of,
     target_modules,
 )
-from tca_fast.attachment import decoder_parts
+from tca_fast.architectures.structure import decoder_parts
 from tca_fast.config import AdapterConfig
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError

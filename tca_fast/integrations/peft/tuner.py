@@ -10,9 +10,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
+from tca_fast.adapted_model import NO_MERGE
 from tca_fast.adapter import AdaptedMLP, TranscoderAdapter, add_branches
 from tca_fast.adapter_config import CONFIG_NAME, WEIGHTS_NAME
-from tca_fast.attachment import MLP_NAME, NO_MERGE, decoder_parts
+from tca_fast.architectures.structure import MLP_NAME, decoder_parts
 from tca_fast.checkpoint import check_fingerprint, check_shape
 from tca_fast.errors import UserError
 from tca_fast.fingerprint import fingerprint
