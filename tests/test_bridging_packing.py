@@ -2,6 +2,7 @@
 
 import contextlib
 
+import plain_flash_attention
 import pytest
 import torch
 from hypothesis import given, settings
@@ -153,6 +154,19 @@ def test_both_ways_of_flex_attention_give_what_sdpa_does(streams):
         assert_equal(own, evaluate(SharedObjective, streams, packed(mix), [1]))
     attend_by(streams, "sdpa")
     assert_equal(own, evaluate(SharedObjective, streams, packed(mix), [1]))
+
+
+@settings(max_examples=200 if IS_LONG else 12)
+@given(MIXES)
+def test_any_mix_of_lengths_gives_the_same_with_flash_attention(streams, mix):
+    padded = random_rows(*mix)
+    attend_by(streams, "sdpa")
+    expected = [evaluate(step, streams, padded) for step in STEPS]
+    with plain_flash_attention.installed():
+        for model in (streams.adapted.model, streams.reference):
+            model.config._attn_implementation = "flash_attention_2"  # without a look for a GPU
+        for step, sdpa in zip(STEPS, expected, strict=True):
+            assert_equal(assert_packed_equals_padded(step, streams, padded), sdpa)
 
 
 # Masks that transformers makes without position ids, and positions counted from the mask alone.
