@@ -75,6 +75,9 @@ def test_an_interrupted_sweep_goes_on(pair, swept, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "train", interrupted)
     with pytest.raises(Interrupted):
         sweep(configs(pair, tmp_path))
+    # A checkpoint of other settings is no beginning of this run.
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        sweep(configs(pair, tmp_path, "optimizer.learning_rate=0.001"))
     points, told = sweep(configs(pair, tmp_path))
     assert told == ["resumed", "trained", "trained"] and calls[1] == "latest"
     assert [point.l0 for point in points] == pytest.approx([point.l0 for point in swept[0]])

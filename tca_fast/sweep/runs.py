@@ -85,6 +85,7 @@ def _train(config: TrainConfig) -> str:
         return "trained before"
     did = "trained"
     if checkpoints(output_dir):
+        _check_same(config)
         did = "resumed"
         run = config.run.model_copy(update={"resume_from_checkpoint": "latest"})
         config = config.model_copy(update={"run": run})
@@ -94,7 +95,7 @@ def _train(config: TrainConfig) -> str:
 
 
 def _check_same(config: TrainConfig) -> None:
-    """Adapters that lie there must be of this configuration.
+    """What lies there must be of this configuration.
 
     Raises:
         UserError: they are not.
