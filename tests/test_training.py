@@ -233,6 +233,22 @@ def test_a_checkpoint_of_another_run_is_refused(pair, unbroken, override, messag
     assert sorted(unbroken.rglob("*")) == before
 
 
+def test_settings_that_differ_at_a_resume_are_named(pair, unbroken, tmp_path, capsys):
+    """An override that was given at the start and forgotten afterwards."""
+    output = tmp_path / "run"
+    options = ["objective.l1_weight=0.5", "run.max_steps=12", "run.eval_steps=0"]
+    start(pair, output, *options)
+    capsys.readouterr()
+    resume = "run.resume_from_checkpoint=latest"
+    start(pair, output, resume, *options[1:])
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("settings other")
+    ]
+    assert line.endswith("checkpoint's: objective.l1_weight is 0.01, was 0.5")
+    start(pair, output, resume, *options)
+    assert "settings other" not in capsys.readouterr().err
+
+
 # What a user can get wrong
 
 

@@ -38,7 +38,13 @@ from tca_fast.training.logs import RunLog
 from tca_fast.training.origin import ORIGIN_NAME, write_origin
 from tca_fast.training.pipeline import ahead, step_batches
 from tca_fast.training.plans import BatchPlan, PackedPlan, Plan, deal
-from tca_fast.training.state import Progress, load_ages, read_progress, together
+from tca_fast.training.state import (
+    Progress,
+    changed_settings,
+    load_ages,
+    read_progress,
+    together,
+)
 from tca_fast.training.tokens import cache_directory, open_tokens
 from tca_fast.training.trainer import Trainer, TrainResult
 
@@ -253,6 +259,7 @@ def _begin(
         checkpoint, skipped = newest_whole(run.resume_from_checkpoint, output_dir, engine)
         with together(engine):
             progress = read_progress(checkpoint, config, digest)
+            changes = changed_settings(checkpoint, config)
             load_ages(checkpoint, ages)
         with together(engine):
             engine.load_state(checkpoint)
@@ -263,6 +270,8 @@ def _begin(
                 "as they would have there up to rounding, not bitwise"
             )
             progress.engine = engine.name
+        if changes:
+            notes.append(f"settings other than the checkpoint's: {'; '.join(changes)}")
     progress.total_steps = total_steps
     with together(engine):
         if engine.rank == 0:

@@ -259,6 +259,27 @@ def _fixed_fields(saved: dict[str, Any], current: dict[str, Any]) -> Iterator[tu
         yield field, saved[block].get(key), current[block][key]
 
 
+def changed_settings(checkpoint: Path, config: TrainConfig) -> list[str]:
+    """The settings in which a run goes on otherwise than a checkpoint was made, as text.
+
+    They may change, but an override that was given once and forgotten would change them unnoticed.
+
+    Args:
+        checkpoint: that `read_progress` has accepted.
+        config: of the run now.
+    """
+    saved = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))["config"]
+    changes = []
+    for block, settings in config.model_dump(mode="json").items():
+        before = saved.get(block)
+        for key, now in settings.items():
+            # What another version did not know has no value to compare.
+            known = isinstance(before, dict) and key in before
+            if known and before[key] != now and key != "resume_from_checkpoint":
+                changes.append(f"{block}.{key} is {now!r}, was {before[key]!r}")
+    return changes
+
+
 def _mismatch(checkpoint: Path, field: str, saved: object, current: object) -> UserError:
     return UserError(
         f"{field}: {checkpoint} was made with {saved!r}, this run has {current!r}; use the same "
