@@ -77,6 +77,10 @@ def test_bfloat16_follows_the_pair(pair, dtype, device, is_bf16):
             {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
             "zero_quantized_weights to True, which rounds the frozen weights; use false",
         ),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            "round_robin_gradients to True, which orders AdamW's state .*; use false",
+        ),
         ({"elasticity": {"enabled": True}}, "elasticity to True, which changes the batch size"),
         ({"sequence_parallel_size": 2}, "sequence_parallel_size to 2, which gives ranks parts"),
     ],
@@ -107,6 +111,13 @@ def test_what_is_off_is_no_trap(pair):
     zero = {"stage": 3, "zero_hpz_partition_size": 1, "zero_quantized_weights": False}
     off = {"zero_optimization": zero, "elasticity": {"enabled": False}, "sequence_parallel_size": 1}
     assert fill(pair, off)["zero_optimization"] == zero
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_named_by_its_field(pair):
+    """DeepSpeed's own word for it would be 0 gradient accumulation steps."""
+    one = ["run.train_batch_size=1", "run.per_device_train_batch_size=1"]
+    with pytest.raises(UserError, match="run.train_batch_size: 1 is not divisible .* of 8"):
+        fill(pair, {"zero_optimization": {"stage": 2}}, *one, num_ranks=8)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 
 from tca_fast.config import TrainConfig
 from tca_fast.errors import UserError
+from tca_fast.training.plans import check_share
 
 _FOREIGN_BLOCKS = {
     "optimizer": "the optimizer block of the run configuration",
@@ -42,6 +43,10 @@ _TRAPS = {
     "zero_optimization.zero_quantized_weights": ("rounds the frozen weights", "false"),
     "zero_optimization.zero_quantized_nontrainable_weights": ("rounds frozen weights", "false"),
     "zero_optimization.zero_quantized_gradients": ("rounds the gradients", "false"),
+    "zero_optimization.round_robin_gradients": (
+        "orders AdamW's state in a way that DeepSpeed's own record of it does not say",
+        "false",
+    ),
     "zero_optimization.zenflow": ("updates with gradients of earlier steps", "offload_optimizer"),
     "zero_optimization.super_offload": ("replaces the optimizer", "offload_optimizer"),
 }
@@ -89,9 +94,11 @@ def fill_settings(
     """Replace every "auto" by what the run configuration says, and check what is not "auto".
 
     Raises:
-        UserError: a value at odds with the run configuration, or an "auto" of unknown meaning.
+        UserError: a value at odds with the run configuration, an "auto" of unknown meaning, or a
+            batch that the ranks cannot share.
     """
     run = config.run
+    check_share(run, num_ranks)
     dtype = config.pair.dtype
     is_bf16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     known: dict[str, Any] = {

@@ -100,8 +100,8 @@ class BatchPlan(Plan):
         Raises:
             UserError: the batch does not divide into whole micro-batches on every rank.
         """
+        check_share(run, num_ranks)
         size = run.per_device_train_batch_size
-        _check_share("train_batch_size", run.train_batch_size, size, num_ranks)
         return cls(num_sequences, run.train_batch_size, size, run.seed)
 
     @property
@@ -162,7 +162,7 @@ class PackedPlan(Plan):
         """
         row_tokens, budget = run.per_device_train_batch_tokens, run.train_batch_tokens
         assert row_tokens is not None and budget is not None, "checked by RunConfig"
-        _check_share("train_batch_tokens", budget, row_tokens, num_ranks)
+        check_share(run, num_ranks)
         if max(lengths) > row_tokens:
             raise UserError(
                 f"run.per_device_train_batch_tokens: {row_tokens} is less than the longest "
@@ -265,8 +265,16 @@ def _permutation(count: int, name: str, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def _check_share(field: str, whole: int, part: int, num_ranks: int) -> None:
-    """Refuse a global batch that does not divide into whole micro-batches on every rank."""
+def check_share(run: RunConfig, num_ranks: int) -> None:
+    """Refuse a global batch that does not divide into whole micro-batches on every rank.
+
+    Raises:
+        UserError: it does not.
+    """
+    field, whole, part = "train_batch_size", run.train_batch_size, run.per_device_train_batch_size
+    if run.train_batch_tokens is not None and run.per_device_train_batch_tokens is not None:
+        field, whole = "train_batch_tokens", run.train_batch_tokens
+        part = run.per_device_train_batch_tokens
     share = part * num_ranks
     if whole % share:
         raise UserError(
