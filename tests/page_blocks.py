@@ -13,11 +13,17 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import torch
 import typer.main
 
+from tca_fast import train
 from tca_fast.cli import app
+from tca_fast.config import load_config
+from tca_fast.errors import UserError
+from tca_fast.training.deepspeed_settings import fill_settings, read_settings
 
 NOT_RUN = re.compile(r"# not run by the tests: (\S.*)")
 _FENCE = re.compile(r"^```(\w*)[ ]*([^\n]*)\n(.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
@@ -86,6 +92,8 @@ def check_commands(code: str, where: str) -> None:
     group = typer.main.get_command(app)
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        if words[:1] == ["deepspeed"]:
+            check_launch(words, where)
         if words[:1] != ["tca-fast"]:
             continue
         command, rest = group, words[1:]
@@ -96,3 +104,16 @@ def check_commands(code: str, where: str) -> None:
             command.make_context("tca-fast", rest)
         except Exception as error:  # typer's own copy of click has no public name for these
             raise AssertionError(f"{where}: {line}: {error}") from error
+
+
+def check_launch(words: list[str], where: str) -> None:
+    """The configuration and the DeepSpeed file of a launcher's line load, and fit its ranks."""
+    launcher, module = words[: words.index("--module")], words.index("tca_fast.train")
+    given = [int(n) for name, n in pairwise(launcher) if name in ("--num_gpus", "--num_accelerators")]
+    options = train._parse(words[module + 1 :])
+    path = Path(options.deepspeed)
+    try:
+        config = load_config(options.config, options.overrides)
+        fill_settings(read_settings(path), config, *given or [1], torch.device("cuda"), path)
+    except UserError as error:
+        raise AssertionError(f"{where}: {' '.join(words)}: {error}") from error
