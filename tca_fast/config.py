@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -132,6 +132,18 @@ class ObjectiveConfig(_Config):
             raise ValueError("gradient_checkpointing needs step 'shared'; set step=shared")
         return self
 
+    @model_validator(mode="after")
+    def _check_terms(self) -> ObjectiveConfig:
+        if self.cutoffs != "uniform" and len(set(self.cutoffs)) < len(self.cutoffs):
+            raise ValueError(f"cutoffs={self.cutoffs} names a layer twice; name each once")
+        bridges = self.lambda_bridge if self.cutoffs and self.num_cutoffs else 0
+        if not (self.lambda_adapt or self.l1_weight or self.lambda_nmse or bridges):
+            raise ValueError(
+                "lambda_adapt, l1_weight, lambda_nmse and bridging are all 0 and train nothing; "
+                "leave one of them on"
+            )
+        return self
+
 
 class DataConfig(_Config):
     """Training text (contract §4).
@@ -162,12 +174,15 @@ class DataConfig(_Config):
     cache_dir: str | None = None
 
 
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(_Config):
     """AdamW with linear warm-up and cosine decay to zero (contract §3.7)."""
 
     learning_rate: float = Field(default=8e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     warmup_ratio: float = Field(default=0.05, ge=0, le=1)
     max_grad_norm: float = Field(default=1.0, gt=0)

@@ -53,6 +53,19 @@ def test_round_trip(path, tmp_path):
             "run: train_batch_tokens=100 is not a whole number of rows",
         ),
         (MINIMAL, ["objective.cutoffs=every"], "objective.cutoffs.*'every'"),
+        # Of a layer named twice the second would count in the divisor alone.
+        (MINIMAL, ["objective.cutoffs=[2, 2]"], r"objective: cutoffs=\[2, 2\] names a layer twice"),
+        (
+            MINIMAL,
+            [f"objective.{name}=0" for name in ("lambda_adapt", "l1_weight", "lambda_nmse")]
+            + ["objective.num_cutoffs=0"],
+            "objective: .* are all 0 and train nothing",
+        ),
+        (
+            MINIMAL,
+            ["optimizer.betas=[0.9, 1]"],
+            "optimizer.betas.1: 1 does not fit.*less than 1",
+        ),
         (MINIMAL, ["run.report_to=[mlflow]"], "run.report_to.*'mlflow'"),
         (MINIMAL, ["l1_weight"], "override: 'l1_weight' is not of the form"),
         (MINIMAL, ["pair.base.x=1"], "override: .*single value"),
