@@ -109,7 +109,9 @@ def check_commands(code: str, where: str) -> None:
 def check_launch(words: list[str], where: str) -> None:
     """The configuration and the DeepSpeed file of a launcher's line load, and fit its ranks."""
     launcher, module = words[: words.index("--module")], words.index("tca_fast.train")
-    given = [int(n) for name, n in pairwise(launcher) if name in ("--num_gpus", "--num_accelerators")]
+    given = [
+        int(n) for name, n in pairwise(launcher) if name in ("--num_gpus", "--num_accelerators")
+    ]
     options = train._parse(words[module + 1 :])
     path = Path(options.deepspeed)
     try:
