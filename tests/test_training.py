@@ -1,5 +1,7 @@
 """The loop, its state on disk and its logs, in one process."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from tca_fast.errors import UserError
 from tca_fast.training import run as running
 from tca_fast.training import trainer as training
 from tca_fast.training.batches import collate
+from tca_fast.training.claim import claimed
 from tca_fast.training.data import Encoder, open_corpus
 from tca_fast.training.run import train
 from tca_fast.training.schedule import learning_rate, warmup_steps
@@ -269,6 +273,50 @@ def test_mistakes_are_reported_before_anything_is_written(pair, tmp_path, unbrok
         with pytest.raises(UserError, match=message):
             start(pair, tmp_path / "run", *overrides)
         assert not (tmp_path / "run").exists(), overrides
+
+
+def test_what_is_cheap_to_check_is_checked_before_models_are_loaded(pair, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(running, "load_streams", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for override, message in (
+        (f"run.output_dir={tmp_path}/file", "run.output_dir: .*file cannot be written"),
+        (f"run.output_dir={tmp_path}/file/run", "run.output_dir: .* cannot be written"),
+        ("run.report_to=[wandb]", "run.report_to: 'wandb' needs the package"),
+    ):
+        with pytest.raises(UserError, match=message):
+            start(pair, tmp_path / "run", override)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(pair, tmp_path, monkeypatch):
+    """A second run would remove the first one's unfinished checkpoint and rewrite its log."""
+    monkeypatch.setattr(running, "claimed", partial(claimed, seconds=0.3))
+    output = tmp_path / "deep" / "run"
+    # The lock of another process, or of another open file in this one.
+    with claimed(output), pytest.raises(UserError, match="another run is writing to .*deep/run"):
+        start(pair, output)
+    assert not (tmp_path / "deep").exists()
+    start(pair, output, "run.max_steps=1", "run.eval_steps=0")
+    assert (output / "adapter").is_dir()
+
+
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claimed(tmp_path) as warning:
+        assert "knows no locks" in warning
+
+
+def test_a_device_without_memory_is_told_in_one_line(pair, tmp_path, monkeypatch):
+    def forward(self, *inputs, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
+
+    monkeypatch.setattr(PlainObjective, "forward", forward)
+    with pytest.raises(UserError, match="run: cpu has no more memory .*Tried to allocate 3 GiB"):
+        start(pair, tmp_path, "objective.step=plain")
 
 
 def test_a_finished_run_is_not_overwritten(pair, unbroken):

@@ -86,6 +86,12 @@ class DeepSpeedGroup:
         self._check_agreement(config)
         _check_settings(self.settings, path)
 
+    def from_rank_0(self, text: str) -> str:
+        """The text of rank 0, on every rank."""
+        texts = [text]
+        torch.distributed.broadcast_object_list(texts, src=0)
+        return texts[0]
+
     def _check_agreement(self, config: TrainConfig) -> None:
         """Refuse ranks that were started differently, which would train on without noticing.
 

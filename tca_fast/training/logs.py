@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,6 +147,16 @@ class RunLog:
             self._json.close()
 
 
+def check_loggers(names: Sequence[str]) -> None:
+    """Import the packages of `run.report_to`, before anything that takes long.
+
+    Raises:
+        UserError: one is missing.
+    """
+    for name in names:
+        _package(name)
+
+
 def print_line(text: str) -> None:
     """Print on stderr from any rank and thread, without breaking a progress bar."""
     from tqdm import tqdm
@@ -164,10 +174,17 @@ def _progress_bar(done: int, total: int) -> Any:
     )
 
 
-def _package(name: str, module: str) -> Any:
+_MODULES = {
+    "tensorboard": "torch.utils.tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+}
+
+
+def _package(name: str) -> Any:
     """The module of a logger, or the complaint that its package is missing."""
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(_MODULES[name])
     except ImportError:
         raise UserError(
             f"run.report_to: {name!r} needs the package {name}; pip install {name}, or leave it "
@@ -179,7 +196,7 @@ class _TensorBoard:
     def __init__(
         self, config: TrainConfig, output_dir: Path, run_id: str, resume_step: int
     ) -> None:
-        writer = _package("tensorboard", "torch.utils.tensorboard").SummaryWriter
+        writer = _package("tensorboard").SummaryWriter
         purge = resume_step + 1 if resume_step else None
         self._writer: Any = writer(str(output_dir / "tensorboard"), purge_step=purge)
 
@@ -206,13 +223,13 @@ class _TrackedRun:
 
 
 def _wandb(config: TrainConfig, output_dir: Path, run_id: str, resume_step: int) -> Reporter:
-    package, name = _package("wandb", "wandb"), config.run.run_name
+    package, name = _package("wandb"), config.run.run_name
     return _TrackedRun(package, config, id=run_id, name=name, dir=str(output_dir))
 
 
 def _trackio(config: TrainConfig, output_dir: Path, run_id: str, resume_step: int) -> Reporter:
     # A run is continued by its name here; there is no id.
-    package, name = _package("trackio", "trackio"), config.run.run_name or run_id
+    package, name = _package("trackio"), config.run.run_name or run_id
     return _TrackedRun(package, config, name=name)
 
 

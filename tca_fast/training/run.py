@@ -19,7 +19,7 @@ from tca_fast.bridging.steps import STEPS
 from tca_fast.bridging.streams import Streams, load_streams, load_tokenizer
 from tca_fast.config import TrainConfig, dump_config
 from tca_fast.durable import Replacement
-from tca_fast.errors import UserError
+from tca_fast.errors import UserError, one_line
 from tca_fast.fingerprint import fingerprint, fingerprinted_layers
 from tca_fast.sparsity import FeatureAges
 from tca_fast.training.batches import StepBatch, check_lengths, encode_cached, make_step_batch
@@ -31,10 +31,11 @@ from tca_fast.training.checkpoints import (
     set_aside,
     set_aside_later,
 )
+from tca_fast.training.claim import claimed
 from tca_fast.training.data import Corpus, Encoded, Encoder, open_corpus
 from tca_fast.training.engine import Engine, LocalEngine
 from tca_fast.training.forecast import warn_if_too_large
-from tca_fast.training.logs import RunLog
+from tca_fast.training.logs import RunLog, check_loggers, print_line
 from tca_fast.training.origin import ORIGIN_NAME, write_origin
 from tca_fast.training.pipeline import ahead, step_batches
 from tca_fast.training.plans import BatchPlan, PackedPlan, Plan, deal
@@ -50,6 +51,8 @@ from tca_fast.training.trainer import Trainer, TrainResult
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from tca_fast.training.deepspeed_engine import DeepSpeedGroup
 
 CONFIG_NAME = "config.yaml"
 
@@ -76,10 +79,9 @@ def train(
         _refuse_used(output_dir)
     else:
         candidates(config.run.resume_from_checkpoint, output_dir)
-    group = partition = None
+    group = None
     if deepspeed is not None:
-        from tca_fast.training.deepspeed_engine import DeepSpeedEngine, DeepSpeedGroup
-        from tca_fast.training.partitioned_loading import Partition
+        from tca_fast.training.deepspeed_engine import DeepSpeedGroup
 
         group = DeepSpeedGroup(Path(deepspeed), config, device)
         device = group.device
@@ -88,6 +90,41 @@ def train(
                 f"objective.auxk_weight: {config.objective.auxk_weight} reads weights that ZeRO-3 "
                 "holds in parts; set it to 0, or use ZeRO-2"
             )
+    with _ready_to_write(config, group):
+        try:
+            return _train(config, device, group, show_progress)
+        except torch.OutOfMemoryError as error:
+            who = f"rank {group.rank}" if group else "run"
+            raise UserError(
+                f"{who}: {device} has no more memory ({one_line(error)}); "
+                "objective.gradient_checkpointing=true, fewer sequences or tokens per forward, or "
+                "a higher ZeRO stage need less, `tca-fast plan` says how much"
+            ) from None
+
+
+@contextlib.contextmanager
+def _ready_to_write(config: TrainConfig, group: DeepSpeedGroup | None) -> Iterator[None]:
+    """Rank 0 holds the directory and has its loggers, or all ranks say why not."""
+    complaint = ""
+    with contextlib.ExitStack() as held:
+        if group is None or group.rank == 0:
+            try:
+                check_loggers(config.run.report_to)
+                if warning := held.enter_context(claimed(Path(config.run.output_dir))):
+                    print_line(warning)
+            except UserError as error:
+                complaint = str(error)
+        if group is not None:
+            complaint = group.from_rank_0(complaint)
+        if complaint:
+            raise UserError(complaint)
+        yield
+
+
+def _train(
+    config: TrainConfig, device: torch.device, group: DeepSpeedGroup | None, show_progress: bool
+) -> TrainResult:
+    partition = None
     data = _read_data(config, group.num_ranks if group else 1, show_progress)
     warn_if_too_large(
         config,
@@ -97,6 +134,8 @@ def train(
         is_main=group is None or group.rank == 0,
     )
     if group and group.stage == 3:
+        from tca_fast.training.partitioned_loading import Partition
+
         partition = Partition(group)
     streams = load_streams(
         config.pair, config.adapter, seed=config.run.seed, device=str(device), place=partition
@@ -110,6 +149,8 @@ def train(
     objective = STEPS[config.objective.step](streams, config.objective)
     engine: Engine
     if group:
+        from tca_fast.training.deepspeed_engine import DeepSpeedEngine
+
         engine = DeepSpeedEngine(objective, config, group)
     else:
         engine = LocalEngine(objective, config.optimizer, device)
