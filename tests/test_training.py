@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -297,6 +298,16 @@ def test_a_directory_belongs_to_one_run_at_a_time(pair, tmp_path, monkeypatch):
     with claimed(output), pytest.raises(UserError, match="another run is writing to .*deep/run"):
         start(pair, output)
     assert not (tmp_path / "deep").exists()
+
+    @contextmanager
+    def claimed_when_the_other_is_done(directory):
+        (directory / "adapter").mkdir(parents=True)
+        yield ""
+
+    monkeypatch.setattr(running, "claimed", claimed_when_the_other_is_done)
+    with pytest.raises(UserError, match="already holds a run"):
+        start(pair, tmp_path / "done")
+    monkeypatch.undo()
     start(pair, output, "run.max_steps=1", "run.eval_steps=0")
     assert (output / "adapter").is_dir()
 

@@ -74,11 +74,7 @@ def train(
         UserError: any mistake in configuration, data, models or checkpoint, and a full disk.
     """
     device = resolve_device(config.run.device)
-    output_dir = Path(config.run.output_dir)
-    if config.run.resume_from_checkpoint is None:
-        _refuse_used(output_dir)
-    else:
-        candidates(config.run.resume_from_checkpoint, output_dir)
+    _check_beginning(config)
     group = None
     if deepspeed is not None:
         from tca_fast.training.deepspeed_engine import DeepSpeedGroup
@@ -112,6 +108,8 @@ def _ready_to_write(config: TrainConfig, group: DeepSpeedGroup | None) -> Iterat
                 check_loggers(config.run.report_to)
                 if warning := held.enter_context(claimed(Path(config.run.output_dir))):
                     print_line(warning)
+                # Again, because the run that was waited for may have left something.
+                _check_beginning(config)
             except UserError as error:
                 complaint = str(error)
         if group is not None:
@@ -340,6 +338,15 @@ def _wait_to_see(path: Path, rank: int, seconds: float = 10.0) -> None:
                 "rank 0 has written; choose a directory on a file system that all nodes share"
             )
         time.sleep(0.1)
+
+
+def _check_beginning(config: TrainConfig) -> None:
+    """Refuse to start afresh on top of a run, or to go on where there is none."""
+    run, output_dir = config.run, Path(config.run.output_dir)
+    if run.resume_from_checkpoint is None:
+        _refuse_used(output_dir)
+    else:
+        candidates(run.resume_from_checkpoint, output_dir)
 
 
 def _refuse_used(output_dir: Path) -> None:

@@ -3,6 +3,7 @@
     output_dir/
       config.yaml                 the configuration as run
       log.jsonl                   one line per logged step or validation
+      .lock                       held by the run that writes here, see `claim`
       adapter/                    the trained adapters, once training is done
       checkpoints/step_000123/    a resumable state after 123 optimizer steps
         manifest.json             size and SHA-256 digest of every file below
