@@ -144,23 +144,36 @@ def test_a_missing_file_is_reported_before_anything_is_written(pair, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def refusal(pair, path, output, **environment) -> str:
+    """What a rank of its own says before it leaves without having written anything."""
+    command = [sys.executable, "-m", "tca_fast.train", pair / "run.yaml"]
+    command += ["--deepspeed", path, f"run.output_dir={output}"]
+    done = subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | environment | {"PYTHONPATH": str(CONFIGS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and not output.exists()
+    return done.stderr
+
+
 def test_ranks_that_cannot_meet_say_so_in_one_line(pair, tmp_path):
     """Another program listens where rank 0 should."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
-        command = [sys.executable, "-m", "tca_fast.train", pair / "run.yaml"]
-        command += ["--deepspeed", CONFIGS / "zero2.json", f"run.output_dir={tmp_path}/out"]
-        done = subprocess.run(
-            [str(part) for part in command],
-            env=environment | {"PYTHONPATH": str(CONFIGS.parent)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "error: ranks: they cannot meet at 127.0.0.1:" in done.stderr
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        said = refusal(pair, CONFIGS / "zero2.json", tmp_path / "out", **ranks, **where)
+    assert "error: ranks: they cannot meet at 127.0.0.1:" in said
+
+
+def test_settings_that_deepspeed_refuses_with_the_model_are_one_line(pair, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text('{"zero_optimization": {"stage": 2}, "prescale_gradients": true}')
+    said = refusal(pair, path, tmp_path / "out", CUDA_VISIBLE_DEVICES="")
+    assert "error: deepspeed: DeepSpeed refuses its settings (pre-scale gradients is not" in said
 
 
 def test_ranks_that_were_started_differently_are_named(pair, monkeypatch):

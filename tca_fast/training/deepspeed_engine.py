@@ -169,16 +169,26 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(self, objective: nn.Module, config: TrainConfig, group: DeepSpeedGroup) -> None:
+        """Hand the objective to DeepSpeed.
+
+        Raises:
+            UserError: DeepSpeed does not support the settings together.
+        """
         import deepspeed
 
         self.rank, self.num_ranks, self.device = group.rank, group.num_ranks, group.device
         self.parameters = trainable(objective)
         self.max_grad_norm = config.optimizer.max_grad_norm
-        self.engine, *_ = deepspeed.initialize(
-            model=objective,
-            optimizer=make_optimizer(list(self.parameters.values()), config.optimizer),
-            config=group.settings,
-        )
+        optimizer = make_optimizer(list(self.parameters.values()), config.optimizer)
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=objective, optimizer=optimizer, config=group.settings
+            )
+        except (AssertionError, NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"deepspeed: DeepSpeed refuses its settings ({one_line(error, 300)}); start from "
+                "configs/zero2.json"
+            ) from None
         self._is_finite = torch.ones((), dtype=torch.bool, device=self.device)
         for parameter in self.parameters.values():
             parameter.register_hook(self._watch)
