@@ -15,11 +15,12 @@ from tca_fast.errors import UserError
 from tca_fast.evaluation.faithfulness import Faithfulness, measure_faithfulness
 from tca_fast.training.batches import collate, pad_token_id
 from tca_fast.training.checkpoints import checkpoints
-from tca_fast.training.data import Encoder, open_corpus
+from tca_fast.training.data import Encoded, Encoder, open_corpus
 from tca_fast.training.run import resolve_device, train
 
 POINT_NAME = "point.json"
-_BATCH = 64
+# Of one forward, padding included: both models' logits are there at once.
+_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,18 @@ def _batches(config: TrainConfig, num_samples: int) -> list[Any]:
     count = min(num_samples, len(corpus))
     encoded = [encoder.encode(corpus.conversation(index)) for index in range(count)]
     pad, on_prompt = pad_token_id(tokenizer), config.data.loss_on_prompt
-    return [
-        collate(encoded[start : start + _BATCH], pad, on_prompt)[:3]
-        for start in range(0, count, _BATCH)
-    ]
+    return [collate(some, pad, on_prompt)[:3] for some in _groups(encoded)]
+
+
+def _groups(sequences: Sequence[Encoded]) -> list[list[Encoded]]:
+    """Sequences in their order, as many together as `_BATCH_TOKENS` allow, at least one."""
+    groups: list[list[Encoded]] = [[]]
+    for sequence in sequences:
+        together = [*groups[-1], sequence]
+        if len(together) * max(len(one.ids) for one in together) > _BATCH_TOKENS and groups[-1]:
+            groups.append([])
+        groups[-1].append(sequence)
+    return groups
 
 
 def _point(config: TrainConfig, found: Faithfulness) -> Point:
