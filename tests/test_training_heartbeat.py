@@ -1,5 +1,6 @@
 """A rank that stops is noticed by the others and named; phases are timed."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from tiny_pair import make_pair
 
 from tca_fast.config import load_config
+from tca_fast.training import run as running
 from tca_fast.training.heartbeat import (
     Beat,
     Heartbeat,
@@ -119,6 +121,29 @@ def test_a_rank_of_a_run_that_stops_is_named(tmp_path):
     named = [line for line in lines if "after 3 step(s), in data" in line]
     assert len(named) == 1 and "rank 1 (pid" in named[0], lines
     assert [one.phase for one in read_beats(tmp_path / "out")] == ["end", "end"]
+
+
+def test_slow_data_slow_the_throughput_that_is_logged(pair, tmp_path, monkeypatch):
+    make = running.step_batches
+    seconds = 0.2
+
+    def slow(*arguments, **options):
+        for batch in make(*arguments, **options):
+            time.sleep(seconds)
+            yield batch
+
+    monkeypatch.setattr(running, "step_batches", slow)
+    aside = ["run.save_steps=0", "run.eval_steps=0"]
+    settings = [f"run.output_dir={tmp_path}", "run.max_steps=7", *aside]
+    train(load_config(pair / "run.yaml", settings), show_progress=False)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    seen = [0, *(line["tokens_seen"] for line in lines)]
+    took = [
+        (after - before) / line["tokens_per_second"]
+        for (before, after), line in zip(itertools.pairwise(seen), lines, strict=True)
+    ]
+    # Batches are made ahead of their steps, but not before the first is asked for.
+    assert sum(took) > 0.95 * 7 * seconds
 
 
 def test_the_log_says_where_the_time_goes(pair, tmp_path):

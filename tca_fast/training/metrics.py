@@ -45,7 +45,7 @@ class QueuedStep:
         learning_rate: that it used.
         real_tokens, sequences, truncated: of its global batch.
         tokens_seen, sequences_seen: of the run so far, with this step.
-        began, ended: around its work; `ended` comes after the copies.
+        ended: after its work and the copies.
         marks: phases since the step before it ended, the last of them at `ended`.
     """
 
@@ -60,22 +60,23 @@ class QueuedStep:
     truncated: int
     tokens_seen: int
     sequences_seen: int
-    began: Moment
     ended: Moment
     marks: tuple[Mark, ...] = ()
 
 
+# What a run does beside training.
+_ASIDE = ("validation", "saving")
+
+
 @dataclass
 class _Speed:
-    """Real tokens and the seconds of their steps, and the seconds of every phase."""
+    """Real tokens, and the seconds of every phase of their steps."""
 
-    seconds: float = 0.0
     tokens: int = 0
     steps: int = 0
     phases: dict[str, float] = field(default_factory=dict)
 
     def add(self, step: QueuedStep) -> None:
-        self.seconds += step.ended.seconds_since(step.began)
         self.tokens += step.real_tokens
         self.steps += 1
         for phase, seconds in seconds_by_phase(step.marks).items():
@@ -83,8 +84,9 @@ class _Speed:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the steps alone; validation and saving do not count."""
-        return self.tokens / max(self.seconds, 1e-9)
+        """With the time that data took; validation and saving do not count."""
+        seconds = sum(took for phase, took in self.phases.items() if phase not in _ASIDE)
+        return self.tokens / max(seconds, 1e-9)
 
     def seconds_left(self, steps: int) -> float:
         """For so many steps more, with everything between them."""

@@ -188,7 +188,7 @@ class Trainer:
                 engine waits for it, was not finite.
         """
         config, progress = self.config, self.progress
-        began = self.phases.enter("forward")
+        self.phases.enter("forward")
         cutoffs = sample_cutoffs(
             config.objective, self.streams.num_layers, seed=config.run.seed, step=progress.step
         )
@@ -217,7 +217,6 @@ class Trainer:
             truncated=totals.truncated,
             tokens_seen=progress.tokens_seen,
             sequences_seen=progress.sequences_seen,
-            began=began,
             ended=self.phases.enter("logging"),
             marks=self.phases.take(),
         )
