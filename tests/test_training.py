@@ -208,6 +208,18 @@ def test_only_the_newest_checkpoints_are_kept(pair, tmp_path):
     assert kept == ["step_000006", "step_000009", "step_000012"]
 
 
+def test_a_run_that_will_save_nothing_says_so(pair, tmp_path, capsys):
+    few = ["run.max_steps=9", "run.eval_steps=0"]
+    start(pair, tmp_path / "run", "run.save_steps=10", *few)
+    said = "no checkpoint comes before the end: 9 steps are left and run.save_steps is 10"
+    assert said in capsys.readouterr().err
+    # Nor is anybody sent to a checkpoint that is not there.
+    with pytest.raises(UserError, match="already holds a run, adapter; choose another directory"):
+        start(pair, tmp_path / "run", *few)
+    start(pair, tmp_path / "again", "run.save_steps=9", *few)
+    assert "no checkpoint" not in capsys.readouterr().err
+
+
 def test_an_older_checkpoint_sets_the_later_ones_aside(pair, unbroken, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(unbroken, output)
@@ -349,6 +361,11 @@ def test_skipped_lines_are_counted(pair, tmp_path, capsys):
 def test_shipped_configurations_load(name):
     config = load_config(Path(__file__).parent.parent / "configs" / f"{name}.yaml")
     assert config.run.output_dir == f"runs/{name}"
+    if name != "miniature":
+        # Of the paper's data, all of it as long as it may be; at most a twentieth is lost.
+        run = config.run
+        at_once = (run.train_batch_tokens or 0) / config.data.max_length or run.train_batch_size
+        assert run.save_steps < 49_952 / at_once / 20
 
 
 # The command

@@ -312,6 +312,11 @@ def _begin(
         if changes:
             notes.append(f"settings other than the checkpoint's: {'; '.join(changes)}")
     progress.total_steps = total_steps
+    if run.save_steps and total_steps // run.save_steps == progress.step // run.save_steps:
+        notes.append(
+            f"no checkpoint comes before the end: {total_steps - progress.step} steps are left and "
+            f"run.save_steps is {run.save_steps}"
+        )
     with together(engine):
         if engine.rank == 0:
             clear_unfinished(output_dir)
@@ -350,11 +355,13 @@ def _check_beginning(config: TrainConfig) -> None:
 
 
 def _refuse_used(output_dir: Path) -> None:
-    used = [*checkpoints(output_dir)[-1:], *output_dir.glob("adapter")]
+    saved = checkpoints(output_dir)
+    used = [*saved[-1:], *output_dir.glob("adapter")]
     if used:
+        go_on = "continue it with run.resume_from_checkpoint=latest, or " if saved else ""
         raise UserError(
             f"run.output_dir: {output_dir} already holds a run, {used[0].name}; "
-            "continue it with run.resume_from_checkpoint=latest, or choose another directory"
+            f"{go_on}choose another directory"
         )
 
 
