@@ -4,6 +4,7 @@ import collections
 
 import pytest
 import torch
+import zoo
 from tiny import batch, randomise, tiny_llama, tiny_qwen2
 from torch.nn import functional as F
 from transformers import Qwen2ForCausalLM
@@ -157,6 +158,24 @@ def test_adapters_attached_to_a_plain_model_need_no_target(tmp_path):
     with pytest.raises(UserError, match="fingerprint.*load .*only, or") as caught:
         tca_fast.load(tiny_qwen2(seed=2), tmp_path / "a")
     assert "hybrid" not in str(caught.value)
+
+
+def test_adapters_of_an_architecture_without_sdpa_load(tmp_path):
+    from tca_fast.bridging.streams import load_model
+    from tca_fast.config import PairConfig
+
+    name = str(tmp_path / "only")
+    zoo.make("gpt-oss").save_pretrained(name)
+    pair = PairConfig(base=name, target=name)
+    with pytest.raises(UserError, match="choose another pair.attn_implementation, such as eager"):
+        load_model("pair.base", name, None, pair, "cpu")
+    eager = pair.model_copy(update={"attn_implementation": "eager"})
+    adapted = tca_fast.attach(load_model("pair.base", name, None, eager, "cpu").eval(), CONFIG)
+    randomise(adapted)
+    adapted.save_pretrained(tmp_path / "a")
+    inputs = batch()["input_ids"]
+    expected = adapted.model(inputs).logits
+    assert torch.equal(load_adapted(tmp_path / "a").model(inputs).logits, expected)
 
 
 @pytest.mark.parametrize(

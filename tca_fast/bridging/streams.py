@@ -8,6 +8,7 @@ parameters, so there is no switch to set and nothing stored twice.
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -239,11 +240,11 @@ def load_backbone(
     if base is None or (target is None and origin.backbone == "target"):
         role = "base" if base is None else "target"
         raise UserError(f"{role}: {directory} does not say which model it was; pass {role}=…")
-    pair = PairConfig(base=base, target=target or base, dtype=dtype)
-    donor = load_model("base", base, origin.base_revision, pair, device)
+    # Not an attention implementation of ours: not every architecture has the one that trains.
+    donor = _load("base", base, origin.base_revision, dtype, None, device)
     if target is None:
         return donor.eval()
-    model = load_model("target", target, origin.target_revision, pair, device)
+    model = _load("target", target, origin.target_revision, dtype, None, device)
     if origin.backbone == "target":
         check_pair(donor.config, model.config, accept=ACCEPTABLE)
         take_mlps(model, donor)
@@ -285,9 +286,21 @@ def load_model(
     Raises:
         UserError: names `field` and the model that cannot be read.
     """
+    return _load(field, name, revision, pair.dtype, pair.attn_implementation, device, place)
+
+
+def _load(
+    field: str,
+    name: str,
+    revision: str | None,
+    dtype: str,
+    attn_implementation: str | None,
+    device: str,
+    place: Place | None = None,
+) -> PreTrainedModel:
+    """As `load_model`; without an attention implementation transformers chooses one."""
     from transformers import AutoModelForCausalLM
 
-    dtype = pair.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     with placed_as_loaded(place):
@@ -297,7 +310,7 @@ def load_model(
             name,
             revision,
             dtype=getattr(torch, dtype),
-            attn_implementation=pair.attn_implementation,
+            attn_implementation=attn_implementation,
         )
     return model.to(device)
 
@@ -309,7 +322,7 @@ def _read(field: str, loader: Any, name: str, revision: str | None, **options: A
         return loader.from_pretrained(name, revision=revision, **options)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"{field}: {name!r} cannot be loaded ({reason}); give a local model directory or a "
-            "hub id"
-        ) from None
+        remedy = "give a local model directory or a hub id"
+        if re.search("attn_implementation|FlashAttention", reason):
+            remedy = "choose another pair.attn_implementation, such as eager"
+        raise UserError(f"{field}: {name!r} cannot be loaded ({reason}); {remedy}") from None
