@@ -7,7 +7,13 @@ import re
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from tca_fast.attachment import attach
 from tca_fast.config import AdapterConfig
@@ -156,10 +162,57 @@ def test_faithfulness_refuses_data_without_counted_tokens() -> None:
 
 
 def test_faithfulness_refuses_models_of_different_depth() -> None:
-    with pytest.raises(UserError, match=r"\(2, 24\), target \(3, 24\)"):
+    with pytest.raises(UserError, match=r"\(2, 24, 40\), target \(3, 24, 40\)"):
         measure_faithfulness(
             tiny_model(0, num_layers=2), tiny_model(0), [padded(sequences(1, (6,)), "right")]
         )
+
+
+def test_faithfulness_refuses_models_of_different_vocabulary() -> None:
+    target = tiny_model(0)
+    target.resize_token_embeddings(VOCABULARY + 3)
+    with pytest.raises(UserError, match=r"vocabulary\) \(3, 24, 40\), target \(3, 24, 43\)"):
+        measure_faithfulness(tiny_model(0), target, [padded(sequences(1, (6,)), "right")])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_labels_of_padding_do_not_count(side: str) -> None:
+    model, target = tiny_model(0), tiny_model(1)
+    ids, mask, labels = padded(sequences(2, (7, 3)), side)
+    careless = torch.where(mask.bool(), labels, ids)
+    expected = measure_faithfulness(model, target, [(ids, mask, labels)])
+    assert measure_faithfulness(model, target, [(ids, mask, careless)]) == expected
+
+
+def model_with_dropout(seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    shape = {"n_embd": 24, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    rates = {"resid_pdrop": 0.4, "embd_pdrop": 0.4, "attn_pdrop": 0.4}
+    config = GPT2Config(vocab_size=VOCABULARY, initializer_range=0.4, **shape, **rates)
+    return GPT2LMHeadModel(config).double()
+
+
+def test_dropout_is_off_while_a_model_is_measured_and_its_modes_come_back() -> None:
+    model = model_with_dropout(0).eval()
+    expected = generate_greedily(model, PROMPTS, eos_ids=EOS, max_new_tokens=25)
+    model.train()
+    model.transformer.h[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert generate_greedily(model, PROMPTS, eos_ids=EOS, max_new_tokens=25) == expected
+    batch = padded(sequences(2, (7, 3)), "right")
+    assert measure_faithfulness(model, model, [batch]).kl == pytest.approx(0, abs=1e-12)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_an_adapted_model_is_measured_as_the_model_it_holds() -> None:
+    target, batch = tiny_model(1), padded(sequences(2, (7, 3)), "right")
+    adapted = attach(tiny_model(0), AdapterConfig(num_features=50), dtype=torch.float64)
+    expected = measure_faithfulness(adapted.model, target, [batch])
+    assert measure_faithfulness(adapted, target, [batch]) == expected
+    options = {"eos_ids": EOS, "max_new_tokens": 5}
+    assert generate_greedily(adapted, PROMPTS, **options) == generate_greedily(
+        adapted.model, PROMPTS, **options
+    )
 
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [3, 3], [20, 1]]
@@ -249,6 +302,16 @@ def test_reasoning_refuses_what_it_cannot_run() -> None:
             check=str.__eq__,
             count_waits=len,
             max_new_tokens=3,
+        )
+    with pytest.raises(UserError, match="batch_size: 0 problems"):
+        measure_reasoning(
+            model,
+            DigitTokenizer(),
+            [Problem([1], "1")],
+            check=str.__eq__,
+            count_waits=len,
+            max_new_tokens=3,
+            batch_size=0,
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tca_fast.errors import UserError
+from tca_fast.evaluation.subject import evaluated
 from tca_fast.losses import IGNORED_LABEL, kl_sum, label_mask, lm_sum, nmse, squared_error_sums
 from tca_fast.residual_stream import residual_states
 from tca_fast.sparsity import record
@@ -21,11 +22,14 @@ from tca_fast.sparsity import record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from tca_fast.attachment import AdaptedModel
+
 
 class Batch(NamedTuple):
     """Token ids, attention mask (nonzero = real) and labels (-100 = not counted), each [B, S].
 
-    The label of a sequence's first token never counts: nothing predicts it.
+    The label of a sequence's first token never counts, for nothing predicts it, and nor does that
+    of padding.
     """
 
     input_ids: Tensor
@@ -81,8 +85,8 @@ class _Sums:
 
 @torch.no_grad()
 def measure_faithfulness(
-    model: PreTrainedModel,
-    target: PreTrainedModel,
+    model: PreTrainedModel | AdaptedModel,
+    target: PreTrainedModel | AdaptedModel,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
 ) -> Faithfulness:
     """Compare a causal language model with the target it should follow.
@@ -93,12 +97,14 @@ def measure_faithfulness(
         batches: (input_ids, attention_mask, labels) as in `Batch`, on any device.
 
     Raises:
-        UserError: no batch, no counted position, or models of different depth or width.
+        UserError: no batch, no counted position, or models of different depth, width or
+            vocabulary.
     """
     sums = _Sums()
     width = 0
-    for batch in batches:
-        width = _add_batch(sums, model, target, Batch(*batch))
+    with evaluated(target) as bare_target, evaluated(model) as bare_model:
+        for batch in batches:
+            width = _add_batch(sums, bare_model, bare_target, Batch(*batch))
     if not sums.counted:
         raise UserError(
             "evaluation data: 0 counted tokens; give at least one sequence with two or more "
@@ -126,10 +132,10 @@ def _add_batch(sums: _Sums, model: PreTrainedModel, target: PreTrainedModel, bat
         target_logits = _logits(target, ids, mask)
     with residual_states(model) as states, record(mask) as recorder:
         logits = _logits(model, ids, mask)
-    _check_comparable(states, target_states)
+    _check_comparable(states, target_states, logits, target_logits)
     # A first token after padding on the left is predicted from padding, elsewhere from nothing.
     after_padding = torch.nn.functional.pad(~mask[:, :-1], (1, 0), value=True)
-    labels = labels.masked_fill(after_padding, IGNORED_LABEL)
+    labels = labels.masked_fill(after_padding | ~mask, IGNORED_LABEL)
     counted = label_mask(labels)
     agreed = logits[:, :-1].argmax(-1) == target_logits[:, :-1].argmax(-1)
     sums.kl += kl_sum(target_logits, logits, labels).item()
@@ -158,22 +164,19 @@ def _pooled_nmse(error: float, energy: float, num_elements: int) -> float:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    was_training = model.training
-    model.eval()
-    try:
-        # Positions count real tokens, so that left padding gives the figures of right padding.
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    finally:
-        model.train(was_training)
+    # Positions count real tokens, so that left padding gives the figures of right padding.
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     return output.logits
 
 
-def _check_comparable(states: list[Tensor], target_states: list[Tensor]) -> None:
-    shape = (len(states) - 1, states[0].shape[-1])
-    target_shape = (len(target_states) - 1, target_states[0].shape[-1])
+def _check_comparable(
+    states: list[Tensor], target_states: list[Tensor], logits: Tensor, target_logits: Tensor
+) -> None:
+    shape = (len(states) - 1, states[0].shape[-1], logits.shape[-1])
+    target_shape = (len(target_states) - 1, target_states[0].shape[-1], target_logits.shape[-1])
     if shape != target_shape:
         raise UserError(
-            f"evaluation: model has (layers, width) {shape}, target {target_shape}; "
-            "compare models of the same architecture"
+            f"evaluation: model has (layers, width, vocabulary) {shape}, target {target_shape}; "
+            "compare models of the same shape"
         )

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from tca_fast.errors import UserError
+from tca_fast.evaluation.subject import evaluated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from tca_fast.attachment import AdaptedModel
 
 
 class Problem(NamedTuple):
@@ -86,7 +89,7 @@ class Reasoning:
 
 
 def measure_reasoning(
-    model: PreTrainedModel,
+    model: PreTrainedModel | AdaptedModel,
     tokenizer: Any,
     problems: Sequence[Problem],
     *,
@@ -99,44 +102,49 @@ def measure_reasoning(
     """Answer every problem greedily and judge the responses.
 
     Args:
-        model: a Hugging Face causal LM, with or without adapters.
+        model: a Hugging Face causal LM, with or without adapters; left in the train/eval mode it
+            came in.
         tokenizer: decodes responses and names the end-of-sequence token.
         problems: prompts and answers, in any order; prompts of like length are batched together.
         check: `check(answer, response_text)`: is the response right?
         count_waits: hesitations in a response text.
         max_new_tokens: tokens after which a response is cut, at least 1.
-        batch_size: responses written side by side.
+        batch_size: responses written side by side, at least 1.
         progress: called with the number of responses that have just been finished.
 
     Raises:
-        UserError: no problems, an empty prompt, or no end-of-sequence token to stop at.
+        UserError: no problems, an empty prompt, no end-of-sequence token to stop at, or a batch
+            size or limit below 1.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size: {batch_size} problems at once answer none; give 1 or more")
     if not problems:
         raise UserError("problems: none given; pass at least one problem to measure accuracy")
     by_length = sorted(range(len(problems)), key=lambda index: len(problems[index].prompt_ids))
     responses: dict[int, Response] = {}
-    eos_ids = end_of_sequence_ids(model, tokenizer)
-    for start in range(0, len(by_length), batch_size):
-        chosen = by_length[start : start + batch_size]
-        prompts = [problems[index].prompt_ids for index in chosen]
-        for position, ids in _generate(model, prompts, eos_ids, max_new_tokens):
-            index = chosen[position]
-            ended = ids[-1] in eos_ids
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            responses[index] = Response(
-                text=text,
-                num_tokens=len(ids) - ended,
-                truncated=not ended,
-                correct=check(problems[index].answer, text),
-                num_waits=count_waits(text),
-            )
-            if progress is not None:
-                progress(1)
+    with evaluated(model) as bare:
+        eos_ids = end_of_sequence_ids(bare, tokenizer)
+        for start in range(0, len(by_length), batch_size):
+            chosen = by_length[start : start + batch_size]
+            prompts = [problems[index].prompt_ids for index in chosen]
+            for position, ids in _generate(bare, prompts, eos_ids, max_new_tokens):
+                index = chosen[position]
+                ended = ids[-1] in eos_ids
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                responses[index] = Response(
+                    text=text,
+                    num_tokens=len(ids) - ended,
+                    truncated=not ended,
+                    correct=check(problems[index].answer, text),
+                    num_waits=count_waits(text),
+                )
+                if progress is not None:
+                    progress(1)
     return Reasoning(tuple(responses[index] for index in range(len(problems))))
 
 
 def generate_greedily(
-    model: PreTrainedModel,
+    model: PreTrainedModel | AdaptedModel,
     prompts: Sequence[Sequence[int]],
     *,
     eos_ids: Collection[int],
@@ -159,7 +167,8 @@ def generate_greedily(
     Raises:
         UserError: an empty prompt, or a limit below 1.
     """
-    written = dict(_generate(model, prompts, eos_ids, max_new_tokens))
+    with evaluated(model) as bare:
+        written = dict(_generate(bare, prompts, eos_ids, max_new_tokens))
     return [written[index] for index in range(len(prompts))]
 
 
