@@ -128,6 +128,18 @@ def test_figures_replace_those_of_an_earlier_push(run):
     assert "My own words." in once
 
 
+@pytest.mark.parametrize("renamed", [None, "org/renamed"])
+def test_adapters_that_are_pushed_on_keep_the_figures_of_their_run(hub, run, tmp_path, renamed):
+    tca_fast.push(run, "org/first")
+    pulled = tca_fast.pull("org/first", tmp_path / "pulled")
+    tca_fast.push(pulled, "org/second", target=renamed)
+    first, second = (hub.repos[name]["README.md"].decode() for name in ("org/first", "org/second"))
+    figures = first[first.index("## Figures") :]
+    assert "On the validation sequences, after step 2." in figures
+    assert second.endswith(figures) and second.count("## Figures") == 1
+    assert (f"| {renamed}, revision default |" in second) == (renamed is not None)
+
+
 def test_a_real_run_records_what_the_card_needs(tmp_path):
     from tiny_pair import make_pair
 
@@ -230,6 +242,16 @@ class TestMistakes:
         with pytest.raises(UserError, match="repo: 'a/b/c' is no name") as caught:
             tca_fast.push(run, "a/b/c")
         self.one_line(caught)
+
+    def test_a_name_without_an_owner(self, hub, run):
+        with pytest.raises(UserError, match="repo: 'mine' names no owner; give owner/name"):
+            tca_fast.push(run, "mine")
+        assert not hub.repos and not hub.requests
+
+    def test_a_file_in_the_place_of_its_directory(self, hub, run):
+        weights = run / "adapter" / "adapter_model.safetensors"
+        with pytest.raises(UserError, match="is a file; give its directory, .*adapter$"):
+            tca_fast.push(weights, "org/adapter")
 
     def test_pickled_weights_are_not_read(self, hub, run, tmp_path):
         tca_fast.push(run, "org/adapter")

@@ -35,9 +35,11 @@ def with_figures(card: str, run: Path | None) -> str:
 
     Args:
         card: as `save_pretrained` wrote it, or as edited since.
-        run: the run's output directory; None, or a file missing there, leaves figures out and
-            says so.
+        run: the run's output directory; a file missing there leaves figures out and says so. None
+            leaves the figures that the card has, and says so where it has none.
     """
+    if run is None and _HEADING in card:
+        return card
     head = card.partition(_HEADING)[0].rstrip()
     config = _yaml(run / CONFIG_NAME) if run else {}
     origin = _json(run / ORIGIN_NAME) if run else {}
@@ -60,6 +62,12 @@ def with_figures(card: str, run: Path | None) -> str:
     }
     blocks = [head, _HEADING, source, _table(figures), _table({**data, **trained, **program})]
     return "\n\n".join(blocks) + "\n"
+
+
+def figures_in(card: str) -> str:
+    """The part of a card that `with_figures` wrote; empty where there is none."""
+    _, heading, figures = card.partition(_HEADING)
+    return f"\n{heading}{figures}" if heading else ""
 
 
 def _last_figures(log: Path | None) -> tuple[str | None, dict[str, Any]]:

@@ -25,7 +25,7 @@ from tca_fast.checkpoint import CARD_NAME
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError, one_line
 from tca_fast.formats import native
-from tca_fast.hub.card import with_figures
+from tca_fast.hub.card import figures_in, with_figures
 from tca_fast.model_card import model_card
 from tca_fast.training.logs import LOG_NAME
 
@@ -44,7 +44,8 @@ def push(
     """Publish adapters in one commit, with a model card written from the figures of their run.
 
     The figures are those of `log.jsonl`, `config.yaml` and `origin.json` in the run's directory;
-    the card says of each that is missing that it was not recorded. Nothing here is changed.
+    the card says of each that is missing that it was not recorded. Adapters without a run keep the
+    figures that their card has. Nothing here is changed.
 
     Args:
         directory: a run's output directory, its `adapter`, or what `save_pretrained` wrote.
@@ -57,11 +58,13 @@ def push(
         Address of the commit.
 
     Raises:
-        UserError: no whole adapter there, a model that only this machine can find, no token, no
-            network, or a repository that exists or cannot be written.
+        UserError: no whole adapter there, a model that only this machine can find, a repository
+            without owner, no token, no network, or a repository that exists or cannot be written.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
+    if "/" not in repo:  # the hub would make it under the user's name, and then not find it
+        raise UserError(f"repo: {repo!r} names no owner; give owner/name")
     directory, run = _adapter_and_run(Path(directory))
     adapters = native.read(directory)
     info = _with_names(read_adapter_config(directory), base, target)
@@ -148,9 +151,10 @@ def _with_names(info: CheckpointInfo, base: str | None, target: str | None) -> C
 def _card(directory: Path, info: CheckpointInfo, renamed: str | None) -> str:
     """The card in the directory, or a new one where it is missing or names other models."""
     path = directory / CARD_NAME
-    if path.is_file() and not renamed:
-        return path.read_text(encoding="utf-8")
-    return model_card(info)
+    here = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if here and not renamed:
+        return here
+    return model_card(info) + figures_in(here)
 
 
 def _copy(source: Path, path: Path) -> None:
