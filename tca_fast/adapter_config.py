@@ -246,8 +246,12 @@ def parse_adapter_config(config: Mapping[str, Any], path: Path | str) -> Checkpo
 
 def _nothing_here(directory: Path) -> str:
     """Why a directory without `adapter_config.json` cannot be loaded, and what to do."""
+    if directory.is_file():
+        return f"directory: {directory} is a file; give its directory, {directory.parent}"
     if not directory.is_dir():
         return f"directory: {directory} does not exist; give a directory with {CONFIG_NAME}"
+    if (directory / "adapter" / CONFIG_NAME).is_file():
+        return f"directory: {directory} is that of a run; give its adapter, {directory / 'adapter'}"
     if _PAPER_KEY in _model_config(directory):
         return (
             f"directory: {directory} is a whole model in the paper's format; use "

@@ -147,6 +147,11 @@ def test_writing_onto_what_is_read_is_refused(tmp_path):
         convert(tmp_path / "ours", tmp_path / "ours", "circuit-tracer")
 
 
+def run_with_an_adapter(directory):
+    saved(directory / "adapter")
+    (directory / "config.yaml").write_text("run: {output_dir: in}")
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -154,6 +159,7 @@ def test_writing_onto_what_is_read_is_refused(tmp_path):
         (lambda d: d.write_text(""), "in: is a file; give its directory"),
         (lambda d: d.mkdir(), "holds no format that is read.*found nothing"),
         (lambda d: tiny_qwen2().save_pretrained(d), "holds no format that is read.*config.json"),
+        (lambda d: run_with_an_adapter(d), "is that of a run; give its adapter, .*in/adapter$"),
     ],
 )
 def test_what_is_not_recognised_is_one_line(tmp_path, make, message):

@@ -111,6 +111,11 @@ LOADING = {
         "no adapter in .*model: expected adapter_config.json .* give the directory that "
         "save_pretrained wrote",
     ),
+    "a run in the adapter's place": (
+        tiny_qwen2,
+        ".",
+        "is that of a run; give its adapter, .*adapter$",
+    ),
     "a path that is not there": (tiny_qwen2, "adaptr", "adaptr does not exist; give a directory"),
 }
 

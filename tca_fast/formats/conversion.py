@@ -181,6 +181,9 @@ def _recognise(directory: Path) -> str:
         raise UserError(
             f"{directory}: no such directory; give one with adapters (hf download gets one)"
         )
+    of_run = directory / "adapter"
+    if native.recognises(of_run) and not native.recognises(directory):
+        raise UserError(f"{directory}: is that of a run; give its adapter, {of_run}")
     for name, known in FORMATS.items():
         if known.recognises(directory):
             return name
