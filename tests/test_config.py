@@ -41,6 +41,7 @@ def test_round_trip(path, tmp_path):
         (MINIMAL, ["objectve.l1_weight=1"], "'objectve'.*did you mean 'objective'"),
         (MINIMAL, ["objective.l1_weight=abc"], "objective.l1_weight: 'abc'.*number"),
         (MINIMAL, ["objective.l1_weight=-1"], "objective.l1_weight: -1.*greater"),
+        (MINIMAL, ["objective.l1_weight=.inf"], "objective.l1_weight: .*finite number"),
         (MINIMAL, ["run.train_batch_size=1.5"], "run.train_batch_size: 1.5.*integer"),
         (
             MINIMAL,
