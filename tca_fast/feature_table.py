@@ -50,7 +50,17 @@ class FeatureTable:
         return sorted(found, key=lambda entry: -entry[2])
 
     def of_feature(self, layer: int, feature: int) -> list[float]:
-        """The activation of one feature at every token, 0 where it is inactive."""
+        """The activation of one feature at every token, 0 where it is inactive.
+
+        Raises:
+            IndexError: there is no such layer or feature.
+        """
+        for name, index, count in (
+            ("layer", layer, len(self.layers)),
+            ("feature", feature, self.layers[0].num_features),
+        ):
+            if not 0 <= index < count:
+                raise IndexError(f"{name}: {index} is none of 0..{count - 1}")
         return self.layers[layer].to_dense()[:, feature].tolist()
 
     def __repr__(self) -> str:

@@ -297,6 +297,9 @@ class TestFeatures:
         assert table.of_token(-1) == table.of_token(5)
         with pytest.raises(IndexError):
             table.of_token(6)
+        for place, message in (((3, 0), "layer: 3 is none of 0..2"), ((1, -1), "feature: -1 is")):
+            with pytest.raises(IndexError, match=message):
+                table.of_feature(*place)
         layer, feature, value = table.of_token(2)[0]
         assert f"{layer}/{feature} {value:.2f}" in lines[3]
 
