@@ -23,7 +23,7 @@ from operator_bounds import (
 from tiny import dense_adapter
 from torch import Tensor
 
-from tca_fast import registry
+from tca_fast import reference, registry
 
 # Every backend that can run on CPU tensors; none may be missing.
 BACKENDS = ["reference", "cpp"]
@@ -52,6 +52,32 @@ def upstream(outputs, seed=3, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     random = [torch.randn(o.shape, dtype=torch.float64, generator=generator) for o in outputs]
     return [g.to(dtype).to(o.dtype) for g, o in zip(random, outputs, strict=True)]
+
+
+def check_large_gain_in_half_precision(room, grad_y):
+    """Activation times gain is 128,000, beyond float16's 65,504; what comes out is not.
+
+    `room` is the share of all pairs that fit, `grad_y` the upstream gradient: of 60,000, the
+    activations' is 96,000, while dx and dW_enc are below 4,000.
+    """
+    T, D, F = 4, 16, 32
+    values = {(T, D): 0.01, (F, D): 1e-3, (F,): 128.0}
+    x, W_enc, b_enc = (torch.full(shape, v).half().requires_grad_() for shape, v in values.items())
+    W_dec = torch.full((F, D), 1e-4).half().requires_grad_()
+    halves = [x, torch.zeros(T, D).half(), W_enc, b_enc, W_dec, torch.ones(D).half()]
+    gain = torch.full((F,), 1000.0).half()
+    results = []
+    for run, dtype in (raw("adapter"), torch.float16), (reference.adapter, torch.float64):
+        tensors = [tensor.to(dtype) for tensor in halves]
+        y, l1, *packed = run(*tensors, gain.to(dtype), None, None, int(room * T * F))
+        leaves = [x, W_enc, b_enc, W_dec]
+        grad = torch.full_like(y, grad_y)
+        results.append([y, l1.double(), *torch.autograd.grad(y, leaves, grad)])
+    ours, exact = results
+    rounding = dict(rtol=2e-3, atol=0, check_dtype=False)
+    assert exact[0].abs().max() < 500 and exact[2].abs().max() < 4000
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b.to(a.dtype), **rounding)
 
 
 def gradients(outputs, inputs, seed=3):

@@ -12,7 +12,15 @@ import torch
 from emulated import built, has_compiler
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from operator_cases import Floors, cases, dense_features, gradients, raw, weights
+from operator_cases import (
+    Floors,
+    cases,
+    check_large_gain_in_half_precision,
+    dense_features,
+    gradients,
+    raw,
+    weights,
+)
 from test_ops_random import adapter_of, check, check_adapter, check_encode
 from tiny import dense_adapter
 
@@ -114,6 +122,12 @@ def test_encode_and_decode_equal_dense_autograd(case):
         return {"y": y if b_dec is None else y + b_dec}
 
     check(case, decoded, densely, partial(Floors(case).decode, features=features), arguments)
+
+
+@pytest.mark.parametrize("room", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("grad_y", [1e-3, 6e4])
+def test_a_large_gain_in_half_precision_does_not_overflow_in_between(room, grad_y):
+    check_large_gain_in_half_precision(room, grad_y)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])

@@ -14,7 +14,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from operator_cases import Case, cases, gradients, raw, weights
+from operator_cases import (
+    Case,
+    cases,
+    check_large_gain_in_half_precision,
+    gradients,
+    raw,
+    weights,
+)
 from test_ops_random import adapter_of, check_adapter, check_encode
 from tiny import dense_adapter
 
@@ -22,7 +29,10 @@ from tca_fast import ops, registry
 from tca_fast.errors import UserError
 
 # The interpreter turns arrays of one number into numbers.
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in cast:RuntimeWarning"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +144,12 @@ def test_topk_of_the_widest_layer_is_exact_with_ties(dtype, k):
     assert torch.equal(found.row_ptr, expected.row_ptr)
     assert torch.equal(found.feature, expected.feature)
     torch.testing.assert_close(found.value, expected.value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("room", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("grad_y", [1e-3, 6e4])
+def test_a_large_gain_in_half_precision_does_not_overflow_in_between(room, grad_y):
+    check_large_gain_in_half_precision(room, grad_y)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])

@@ -80,10 +80,10 @@ struct ActivationBackward {
 };
 
 // da = g da + dl1 m_t |W_dec[f]| where active, 0 elsewhere, in place, with the sums of the chunk.
-template <typename T, int V>
+template <typename T, int V, typename A>
 __global__ void __launch_bounds__(kDenseThreads)
 activation_backward_kernel(
-    ActivationBackward<T> in, T* da, int64_t num_tokens, int64_t F, Overflow overflow) {
+    ActivationBackward<T> in, A* da, int64_t num_tokens, int64_t F, Overflow overflow) {
   const int64_t f = (int64_t{blockIdx.y} * kDenseThreads + threadIdx.x) * V;
   if (f >= F || !overflow.holds()) {
     return;
@@ -101,7 +101,7 @@ activation_backward_kernel(
   for (int64_t t = first; t < last; ++t) {
     const bool is_real = in.l1.token_mask == nullptr || in.l1.token_mask[t];
     const auto a = Numbers<T, V>::load(in.features + t * F + f);
-    const auto upstream = Numbers<T, V>::load(da + t * F + f);
+    const auto upstream = Numbers<A, V>::load(da + t * F + f);
     float result[V];
     for (int i = 0; i < V; ++i) {
       const float value = g[i] * upstream[i] + (is_real ? of_norm[i] : 0.0f);
@@ -109,7 +109,7 @@ activation_backward_kernel(
       bias[i] += result[i];
       active[i] += is_real ? a[i] : 0.0f;
     }
-    Numbers<T, V>::store(da + t * F + f, result);
+    Numbers<A, V>::store(da + t * F + f, result);
   }
   for (int i = 0; i < V; ++i) {
     in.bias_sum[int64_t{blockIdx.x} * F + f + i] = bias[i];
@@ -164,10 +164,11 @@ struct Matrix {
   int64_t row, column;
 };
 
-// What a product is made of; all but `a` and `b` may be null.
-template <typename T>
+// What a product is made of; all but `a` and `b` may be null. A float `a` is not rounded to T.
+template <typename A, typename T>
 struct Factors {
-  Matrix<T> a, b;
+  Matrix<A> a;
+  Matrix<T> b;
   const T* scale_of_k = nullptr;   // [K]
   const T* scale_of_row = nullptr; // [M]
   const T* base = nullptr;         // [M, N]
@@ -176,10 +177,10 @@ struct Factors {
 
 // out[m, n] = base + bias + scale_of_row[m] sum_k scale_of_k[k] a[m, k] b[k, n], on overflow. A block
 // computes a tile of 64 by 64, a thread 4 by 4 of it.
-template <typename T>
+template <typename A, typename T, typename Out>
 __global__ void __launch_bounds__(kProductThreads)
 product_kernel(
-    Factors<T> in, T* out, int64_t M, int64_t N, int64_t K, Overflow overflow) {
+    Factors<A, T> in, Out* out, int64_t M, int64_t N, int64_t K, Overflow overflow) {
   constexpr int kOwn = 4, kSide = kProductTile / kOwn;
   SHARED_ARRAY(float, left, kProductDepth * (kProductTile + 1));
   SHARED_ARRAY(float, right, kProductDepth * (kProductTile + 1));
@@ -229,7 +230,7 @@ product_kernel(
         result *= in.scale_of_row == nullptr ? 1.0f : static_cast<float>(in.scale_of_row[m]);
         result += in.bias == nullptr ? 0.0f : static_cast<float>(in.bias[n]);
         result += in.base == nullptr ? 0.0f : static_cast<float>(in.base[m * N + n]);
-        out[m * N + n] = T(result);
+        out[m * N + n] = Out(result);
       }
     }
   }
@@ -260,12 +261,12 @@ void activate(
 
 inline int64_t num_chunks(int64_t num_tokens) { return ceil_div(num_tokens, kChunkTokens); }
 
-template <typename T, int V>
+template <typename T, int V, typename A>
 void activation_backward(
-    const ActivationBackward<T>& in, T* da, int64_t num_tokens, int64_t F, Overflow overflow,
+    const ActivationBackward<T>& in, A* da, int64_t num_tokens, int64_t F, Overflow overflow,
     cudaStream_t stream) {
   launch(
-      activation_backward_kernel<T, V>, grid_of(num_chunks(num_tokens), F, V), kDenseThreads, 0,
+      activation_backward_kernel<T, V, A>, grid_of(num_chunks(num_tokens), F, V), kDenseThreads, 0,
       stream, in, da, num_tokens, F, overflow);
 }
 
@@ -278,14 +279,14 @@ void finish(
       dW, num_chunks(num_tokens), F, D, overflow);
 }
 
-template <typename T>
+template <typename A, typename T, typename Out>
 void overflow_product(
-    const Factors<T>& in, T* out, int64_t M, int64_t N, int64_t K, Overflow overflow,
+    const Factors<A, T>& in, Out* out, int64_t M, int64_t N, int64_t K, Overflow overflow,
     cudaStream_t stream) {
   const dim3 grid(
       static_cast<unsigned>(ceil_div(M, kProductTile)),
       static_cast<unsigned>(ceil_div(N, kProductTile)));
-  launch(product_kernel<T>, grid, kProductThreads, 0, stream, in, out, M, N, K, overflow);
+  launch(product_kernel<A, T, Out>, grid, kProductThreads, 0, stream, in, out, M, N, K, overflow);
 }
 
 }  // namespace tca_fast::cuda

@@ -25,12 +25,28 @@ Tensor gained(
   return result;
 }
 
+// Whether activations and their gradients may leave T when they are multiplied by gains: Half ends at
+// 65504, and what is made of them need not. They are floats then.
+template <typename T>
+bool gains_may_overflow(const AdapterArguments& in) {
+  return std::is_same_v<T, c10::Half> && in.gain;
+}
+
 // y = base + bias + g·features W_dec, rounded once after the product; with both a base and a bias,
 // which the vendor's library cannot add together, once more.
 template <typename T>
 Tensor decoded_dense(
     const Tensor& features, const AdapterArguments& in, const Tensor& base,
     const std::optional<Tensor>& bias, cudaStream_t stream) {
+  if (gains_may_overflow<T>(in)) {
+    AdapterArguments wide = in;
+    wide.dtype = ScalarType::Float;
+    wide.gain = as_type(in.gain, wide.dtype), wide.W_dec = as_type(in.W_dec, wide.dtype);
+    const Tensor y = decoded_dense<float>(
+        as_type(features, wide.dtype), wide, as_type(base, wide.dtype),
+        as_type(bias, wide.dtype), stream);
+    return as_type(y, in.dtype);
+  }
   const Tensor y = make(base, {in.num_tokens, in.D}, in.dtype);
   const Tensor scaled = gained<T>(features, in.gain, stream);
   linear(scaled, transposed(in.W_dec), bias ? std::nullopt : std::optional(base), y);
@@ -74,50 +90,77 @@ struct Gradients {
         W_dec(make(in.x, {in.F, in.D}, in.dtype)) {}
 };
 
-// All gradients by dense products: the vendor's, or with an overflow to heed, our own.
-template <typename T>
+// All gradients by dense products: the vendor's, or with an overflow to heed, our own. A is what the
+// gradients of the activations are kept in.
+template <typename T, typename A>
 void differentiate_dense(
     const AdapterArguments& in, const Tensor& features, const Tensor& grad_y, L1 l1,
     const Gradients& out, Overflow overflow, cudaStream_t stream) {
   const int64_t num_tokens = in.num_tokens, F = in.F, D = in.D;
   const bool always = overflow.row_ptr == nullptr;
   const Tensor norm = row_norms<T>(in.W_dec, overflow, stream);
-  const Tensor da = make(in.x, {num_tokens, F}, in.dtype);
+  constexpr bool kIsWide = !std::is_same_v<A, T>;
+  const Tensor da =
+      make(in.x, {num_tokens, F}, kIsWide ? ScalarType::Float : in.dtype);
   const Tensor bias_sum = make(in.x, {num_chunks(num_tokens), F}, ScalarType::Float);
   const Tensor active_sum = make(in.x, {num_chunks(num_tokens), F}, ScalarType::Float);
   const ActivationBackward<T> activation{
       pointer<T>(features), pointer<float>(norm), pointer<T>(in.gain), l1, output<float>(bias_sum),
       output<float>(active_sum)};
 
-  const auto product = [&](const Factors<T>& factors, const Tensor& result, int64_t K) {
-    overflow_product(
-        factors, output<T>(result), result.sizes()[0], result.sizes()[1], K, overflow, stream);
+  const auto multiply = [&](const Tensor& a, const Tensor& b, const Tensor& result) {
+    kIsWide ? linear_as_float(a, b, result) : linear(a, b, std::nullopt, result);
   };
   if (always) {
-    linear(grad_y, in.W_dec, std::nullopt, da);
+    multiply(grad_y, in.W_dec, da);
   } else {
-    product({as_matrix<T>(grad_y), as_transposed<T>(in.W_dec)}, da, D);
+    overflow_product<T, T, A>(
+        {as_matrix<T>(grad_y), as_transposed<T>(in.W_dec)}, output<A>(da), num_tokens, F, D,
+        overflow, stream);
   }
-  with_vectors<T>(F, [&](auto v) {
-    activation_backward<T, v()>(activation, output<T>(da), num_tokens, F, overflow, stream);
-  });
-  if (always) {
-    const Tensor scaled = gained<T>(features, in.gain, stream);
-    linear(transposed(scaled), transposed(grad_y), std::nullopt, out.W_dec);
-    linear(transposed(da), transposed(in.x), std::nullopt, out.W_enc);
-    linear(da, transposed(in.W_enc), std::nullopt, out.x);
+  const auto backward = [&](auto v) {
+    activation_backward<T, v(), A>(activation, output<A>(da), num_tokens, F, overflow, stream);
+  };
+  if constexpr (kIsWide) {
+    backward(std::integral_constant<int, 1>());
   } else {
-    product(
+    with_vectors<T>(F, backward);
+  }
+  if (always) {
+    const Tensor scaled = gained<A>(
+        as_type(features, da.scalar_type()), as_type(in.gain, da.scalar_type()), stream);
+    multiply(transposed(scaled), transposed(grad_y), out.W_dec);
+    multiply(transposed(da), transposed(in.x), out.W_enc);
+    multiply(da, transposed(in.W_enc), out.x);
+  } else {
+    overflow_product<T, T, T>(
         {as_transposed<T>(features), as_matrix<T>(grad_y), nullptr, pointer<T>(in.gain)},
-        out.W_dec, num_tokens);
-    product({as_transposed<T>(da), as_matrix<T>(in.x)}, out.W_enc, num_tokens);
-    product({as_matrix<T>(da), as_matrix<T>(in.W_enc)}, out.x, F);
+        output<T>(out.W_dec), F, D, num_tokens, overflow, stream);
+    overflow_product<A, T, T>(
+        {as_transposed<A>(da), as_matrix<T>(in.x)}, output<T>(out.W_enc), F, D, num_tokens,
+        overflow, stream);
+    overflow_product<A, T, T>(
+        {as_matrix<A>(da), as_matrix<T>(in.W_enc)}, output<T>(out.x), num_tokens, D, F, overflow,
+        stream);
   }
   with_vectors<T>(D, [&](auto v) {
     finish<T, v()>(
         activation, pointer<T>(in.W_dec), output<T>(out.b_enc), output<T>(out.W_dec), num_tokens,
         F, D, overflow, stream);
   });
+}
+
+template <typename T>
+void differentiate_dense(
+    const AdapterArguments& in, const Tensor& features, const Tensor& grad_y, L1 l1,
+    const Gradients& out, Overflow overflow, cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    if (gains_may_overflow<T>(in)) {
+      differentiate_dense<T, float>(in, features, grad_y, l1, out, overflow, stream);
+      return;
+    }
+  }
+  differentiate_dense<T, T>(in, features, grad_y, l1, out, overflow, stream);
 }
 
 }  // namespace tca_fast::cuda

@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter(
     y = gathered<T, T, false>(packed, packed.value, in.W_dec, in.gain, mlp_out, b_dec, stream);
     if (!always_fits(in, capacity)) {
       activate_on<T>(z, &found.bits, packed.overflow(), stream);
-      overflow_product<T>(
+      overflow_product<T, T, T>(
           {as_matrix<T>(z), as_matrix<T>(in.W_dec), pointer<T>(in.gain), nullptr,
            pointer<T>(mlp_out), pointer<T>(b_dec)},
           output<T>(y), num_tokens, D, F, packed.overflow(), stream);
@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
     });
     if (!always_fits(in, capacity)) {
       const Tensor z = make(in.x, {num_tokens, F}, in.dtype);
-      overflow_product<T>(
+      overflow_product<T, T, T>(
           {as_matrix<T>(in.x), as_transposed<T>(in.W_enc), nullptr, nullptr, nullptr,
            pointer<T>(in.b_enc)},
           output<T>(z), num_tokens, F, D, packed.overflow(), stream);

@@ -134,6 +134,27 @@ inline void linear(
   static_cast<void>(torch::stable::detail::to<Tensor>(stack[0]));
 }
 
+inline Tensor as_type(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+inline std::optional<Tensor> as_type(const std::optional<Tensor>& tensor, ScalarType dtype) {
+  return tensor ? std::optional(as_type(*tensor, dtype)) : std::nullopt;
+}
+
+// out = a b^T where one of them may be float and the others are not: multiplied as floats.
+inline void linear_as_float(const Tensor& a, const Tensor& b, const Tensor& out) {
+  const auto sizes = out.sizes();
+  const Tensor result = out.scalar_type() == ScalarType::Float
+                            ? out
+                            : make(out, {sizes[0], sizes[1]}, ScalarType::Float);
+  linear(as_type(a, ScalarType::Float), as_type(b, ScalarType::Float), std::nullopt, result);
+  if (out.scalar_type() != ScalarType::Float) {
+    Tensor rounded = out;
+    torch::stable::copy_(rounded, result);
+  }
+}
+
 // Sums over the rows, in float, rounded once.
 inline Tensor column_sums(const Tensor& matrix) {
   const int64_t rows = 0;

@@ -19,8 +19,8 @@ from tca_fast.kernels.select import Counts, is_active
 
 _CHUNK, _TOKENS, _FEATURES = 1024, 16, 64
 
-# out = a @ b, written into the third argument.
-Product = Callable[[Tensor, Tensor, Tensor], object]
+# out = scale[:, None]·(a @ b), written into the third argument; the scale may be None.
+Product = Callable[[Tensor, Tensor, Tensor, Tensor | None], object]
 
 
 def activate(
@@ -92,8 +92,8 @@ def backward(
     sums = launch.sum_dtype(x_TD.dtype)
     row_ptr, _, capacity = launch.condition(overflow)
     norm = norms(W_dec_FD, overflow=overflow)
-    da = torch.empty_like(features_TF)
-    product(upstream.y, W_dec_FD.T, da)
+    da = torch.empty_like(features_TF, dtype=gained_dtype(features_TF, upstream.gain))
+    product(upstream.y, W_dec_FD.T, da, None)
     num_chunks = triton.cdiv(num_tokens, _CHUNK)
     partial = torch.empty(2, num_chunks, num_features, dtype=sums, device=x_TD.device)
     activation_backward_kernel[(triton.cdiv(num_features, _FEATURES), num_chunks)](
@@ -102,16 +102,22 @@ def backward(
         SUM=launch.triton_dtype(sums), TOKENS=_TOKENS, CHUNK=_CHUNK, FEATURES=_FEATURES,
         num_warps=4,
     )  # fmt: skip
-    scaled = features_TF if upstream.gain is None else features_TF * upstream.gain
-    product(scaled.T, upstream.y, out.W_dec)
+    product(features_TF.T, upstream.y, out.W_dec, upstream.gain)
     block, warps = launch.row(width)
     finish_kernel[(num_features,)](
         W_dec_FD, norm, upstream.l1, *partial, out.b_enc, out.W_dec, row_ptr,
         num_tokens, num_features, width, capacity, num_chunks,
         SUM=launch.triton_dtype(sums), WIDTH=block, num_warps=warps,
     )  # fmt: skip
-    product(da.T, x_TD, out.W_enc)
-    product(da, W_enc_FD, out.x)
+    product(da.T, x_TD, out.W_enc, None)
+    product(da, W_enc_FD, out.x, None)
+
+
+def gained_dtype(tensor: Tensor, gain_F: Tensor | None) -> torch.dtype:
+    """What holds a tensor times gains: float16 ends at 65504, which a large gain leaves."""
+    if gain_F is not None and tensor.dtype == torch.float16:
+        return torch.float32
+    return tensor.dtype
 
 
 @triton.jit

@@ -123,8 +123,9 @@ def adapter(
             overflow = launch.Overflow(row_ptr, capacity)
             norm = norms(W_dec_FD, overflow=overflow)
             dense.activate(z_TF, bits, norm, mask, None, l1_T, overflow)
-            scaled = z_TF if gain_F is None else z_TF * gain_F
-            overflow_product(scaled, W_dec_FD, y_TD, overflow, base=mlp_out_TD, bias=b_dec_D)
+            overflow_product(
+                z_TF, W_dec_FD, y_TD, overflow, scale_of_k=gain_F, base=mlp_out_TD, bias=b_dec_D
+            )
     y = y_TD.view(mlp_out.shape)
     return y, l1_T.sum(), counts.l0, counts.fired.view(torch.bool), *packed
 
@@ -165,17 +166,14 @@ def adapter_backward(
             overflow = launch.Overflow(row_ptr, capacity)
             features_TF = _features_again(x_TD, W_enc_FD, b_enc_F, k, overflow)
 
-            def product(a: Tensor, b: Tensor, result: Tensor) -> None:
-                overflow_product(a, b, result, overflow)
+            def product(a: Tensor, b: Tensor, result: Tensor, scale: Tensor | None) -> None:
+                overflow_product(a, b, result, overflow, scale_of_row=scale)
 
             dense.backward(features_TF, x_TD, W_enc_FD, W_dec_FD, upstream, out, product, overflow)
         return out.x, out.W_enc, out.b_enc, out.W_dec, db_dec
 
     out = dense.Gradients.empty(x_TD, W_enc_FD)
-    dense.backward(
-        features_TF, x_TD, W_enc_FD, W_dec_FD, upstream, out,
-        lambda a, b, result: torch.mm(a, b, out=result),
-    )  # fmt: skip
+    dense.backward(features_TF, x_TD, W_enc_FD, W_dec_FD, upstream, out, _product)
     return out.x, out.W_enc, out.b_enc, out.W_dec, db_dec
 
 
@@ -212,11 +210,28 @@ def _dense_forward(
     norm = norms(W_dec_FD)
     l1_T = torch.empty(len(z_TF), dtype=norm.dtype, device=z_TF.device)
     dense.activate(z_TF, bits, norm, mask_T, counts, l1_T)
-    scaled = z_TF if gain_F is None else z_TF * gain_F
+    dtype = dense.gained_dtype(z_TF, gain_F)
+    scaled, W_dec = z_TF.to(dtype), W_dec_FD.to(dtype)
+    if gain_F is not None:
+        scaled = scaled * gain_F
     if b_dec_D is None:
-        return torch.addmm(mlp_out_TD, scaled, W_dec_FD), l1_T
-    # The largest term comes last: its sum with the bias alone would be rounded too.
-    return torch.addmm(b_dec_D, scaled, W_dec_FD).add_(mlp_out_TD), l1_T
+        y_TD = torch.addmm(mlp_out_TD.to(dtype), scaled, W_dec)
+    else:
+        # The largest term comes last: its sum with the bias alone would be rounded too.
+        y_TD = torch.addmm(b_dec_D.to(dtype), scaled, W_dec).add_(mlp_out_TD)
+    return y_TD.to(z_TF.dtype), l1_T
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, scale: Tensor | None) -> None:
+    """out = scale[:, None]·(a @ b) by the vendor's library, in one dtype that holds the factors."""
+    dtype = torch.promote_types(dense.gained_dtype(a, scale), out.dtype)
+    a, b = a.to(dtype), b.to(dtype)
+    if scale is not None:
+        a = a * scale.unsqueeze(1)
+    if out.dtype == dtype:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(a @ b)
 
 
 def _features_again(

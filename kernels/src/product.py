@@ -3,6 +3,7 @@
 The vendor's library cannot be told on the device not to run; this one can, and costs a launch.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,15 +13,15 @@ from tca_fast.kernels import launch
 
 @triton.jit
 def overflow_product_kernel(
-    a, b, base, bias, out, row_ptr, num_tokens, capacity, M, N, K,
+    a, b, scale_of_k, scale_of_row, base, bias, out, row_ptr, num_tokens, capacity, M, N, K,
     a_row, a_column, b_row, b_column,
     SUM: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[M, N] = base + bias + a[M, K]·b[K, N], if row_ptr[T] > capacity; rounded once.
+    """out = base + bias + scale_of_row·Σ_k scale_of_k·a·b, if row_ptr[T] > capacity; rounded once.
 
-    `base` [M, N] and `bias` [N] may be None; `a` and `b` may have any strides. `WIDEN` converts
-    both before they are multiplied: Triton's interpreter takes bfloat16 for integers in a dot.
+    `base` [M, N], `bias` [N], `scale_of_row` [M] and `scale_of_k` [K] may be None; `a` [M, K] and
+    `b` [K, N] may have any strides. `WIDEN` converts both before they are multiplied.
     """
     if tl.load(row_ptr + num_tokens) <= capacity:
         return
@@ -39,10 +40,17 @@ def overflow_product_kernel(
             mask=(k < K)[:, None] & (n < N)[None, :],
             other=0.0,
         )
+        if scale_of_k is not None:
+            scale = tl.load(scale_of_k + k, mask=k < K, other=0.0).to(SUM)
+            a_MK = a_MK.to(SUM) * scale[None, :]
         if WIDEN:
             a_MK = a_MK.to(SUM)
             b_KN = b_KN.to(SUM)
+        else:
+            a_MK = a_MK.to(b_KN.dtype)
         total = tl.dot(a_MK, b_KN, total, input_precision="ieee", out_dtype=SUM)
+    if scale_of_row is not None:
+        total *= tl.load(scale_of_row + m, mask=m < M, other=0.0).to(SUM)[:, None]
     at = m[:, None] * N + n[None, :]
     inside = (m < M)[:, None] & (n < N)[None, :]
     if bias is not None:
@@ -58,16 +66,21 @@ def overflow_product(
     out: Tensor,
     overflow: launch.Overflow,
     *,
+    scale_of_k: Tensor | None = None,
+    scale_of_row: Tensor | None = None,
     base: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """out = base + bias + a @ b on overflow; `out` is left alone otherwise."""
+    """out = base + bias + scale_of_row·((a·scale_of_k) @ b) on overflow, else nothing."""
     (M, K), N = a.shape, b.shape[1]
-    blocks = launch.product_blocks(out.element_size())
+    # Triton's interpreter takes bfloat16 for integers in a dot; a scaled float16 may overflow.
+    widens = triton.knobs.runtime.interpret or a.dtype != b.dtype
+    widens = widens or (scale_of_k is not None and a.dtype == torch.float16)
+    blocks = launch.product_blocks(max(a.element_size(), 4 if widens else 2))
     overflow_product_kernel[(triton.cdiv(M, blocks.M), triton.cdiv(N, blocks.N))](
-        a, b, base, bias, out, *launch.condition(overflow), M, N, K,
+        a, b, scale_of_k, scale_of_row, base, bias, out, *launch.condition(overflow), M, N, K,
         *a.stride(), *b.stride(),
         SUM=launch.triton_dtype(launch.sum_dtype(out.dtype)),
-        WIDEN=triton.knobs.runtime.interpret,
+        WIDEN=widens,
         BLOCK_M=blocks.M, BLOCK_N=blocks.N, BLOCK_K=blocks.K, num_warps=blocks.warps,
     )  # fmt: skip
