@@ -127,21 +127,21 @@ class TranscoderAdapter(nn.Module):
             )
         active = self.encode(x).trim()
         token, feature = active.tokens(), active.feature.long()
-        gained = active.value * gain_BF[token // x.shape[1], feature]
+        sum_dtype = torch.promote_types(x.dtype, torch.float32)
+        # Not in half precision, which a large gain would leave.
+        gained = active.value.to(sum_dtype) * gain_BF[token // x.shape[1], feature]
         scaled = ActiveFeatures(active.row_ptr, active.feature, gained, active.num_features)
-        added = ops.decode(scaled, _cast(self.W_dec, x.dtype), _cast(self.b_dec, x.dtype))
+        added = ops.decode(scaled, _cast(self.W_dec, sum_dtype), _cast(self.b_dec, sum_dtype))
         counted = torch.ones_like(token, dtype=torch.bool)
         l0 = active.counts()
         if token_mask is not None:
             counted, l0 = token_mask.flatten()[token], l0 * token_mask.flatten()
-        sum_dtype = torch.promote_types(x.dtype, torch.float32)
         norms = torch.linalg.vector_norm(self.W_dec, dim=1, dtype=sum_dtype)
         l1 = (active.value.to(sum_dtype) * norms[feature])[counted].sum()
         fired = torch.zeros_like(self.b_enc, dtype=torch.bool, requires_grad=False)
         fired[feature[counted]] = True
-        return AdapterOutput(
-            mlp_out + added.view(mlp_out.shape), l1, l0.int(), fired, active.row_ptr
-        )
+        y = (mlp_out + added.view(mlp_out.shape)).to(x.dtype)
+        return AdapterOutput(y, l1, l0.int(), fired, active.row_ptr)
 
     def expect_observed_density(self) -> None:
         """Reserve memory for what was seen since the last call, or as before if nothing was.

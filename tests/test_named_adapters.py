@@ -180,6 +180,21 @@ class TestGains:
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
+    def test_large_gains_of_rows_stay_in_half_precision(self, adapted):
+        """Activation times gain is beyond float16; what comes out is not, as with one gain."""
+        adapter = adapted.layers[0].half()
+        with torch.no_grad():
+            adapter.b_enc.fill_(100.0)
+            adapter.W_dec.fill_(1e-4)
+        x = torch.randn(2, 3, adapter.width, generator=torch.Generator().manual_seed(0)).half()
+        adapter.set_gain(None, 1000.0)
+        expected = adapter(x, torch.zeros_like(x)).y
+        adapter.clear_gain()
+        adapter.set_gain(None, [1000.0, 1000.0])
+        found = adapter(x, torch.zeros_like(x)).y
+        assert expected.isfinite().all() and (expected != 0).all()
+        torch.testing.assert_close(found, expected)
+
     def test_gains_before_the_block_come_back(self, adapted):
         adapted.set_gain(0, 2, 0.5)
         before = logits(adapted)
