@@ -36,6 +36,8 @@ _DEFAULT_DENSITY = {"cpu": 1 / 32, "cuda": 1.0}
 # On a CPU, activations are kept densely from this share on: packing twice as many would take as
 # much memory. On CUDA, from where dense products are faster (`registry.dense_share`).
 _CPU_DENSE_SHARE = 1 / 4
+# T for which compiled code asks, since there the number of tokens may be a symbol.
+_COMPILED_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,12 @@ def _capacity(
     else:
         density, most = (
             _DEFAULT_DENSITY["cuda"],
-            dense_share(x_TD.device, num_tokens, width, num_features),
+            dense_share(
+                x_TD.device,
+                _COMPILED_TOKENS if torch.compiler.is_compiling() else num_tokens,
+                width,
+                num_features,
+            ),
         )
     if expected_density is not None:
         density = expected_density

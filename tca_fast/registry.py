@@ -125,6 +125,11 @@ def dense_share(device: torch.device, tokens: int, width: int, features: int) ->
     return selection.dense_share(device, tokens, width, features, among)
 
 
+# For torch.compile, which cannot trace a look into the dispatcher or a file: what
+# `torch.compiler.assume_constant_result` does, without the seconds that importing its module takes.
+dense_share._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Run the block's operators with one backend, for tests and benchmarks.

@@ -5,7 +5,8 @@ import torch
 from operator_cases import check_large_gain_in_half_precision, gradients, raw, weights
 from tiny import dense_adapter
 
-from tca_fast import ops
+from tca_fast import AdapterConfig, ops
+from tca_fast.adapter import TranscoderAdapter
 from tca_fast.errors import UserError
 
 T, D, F = 7, 5, 11
@@ -70,6 +71,20 @@ def test_compiles_without_graph_breaks():
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for a, b in zip(gradients([compiled(*tensors)], tensors), eager, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks_on_devices_that_choose_a_regime(dynamic):
+    """As on CUDA: any device but a CPU is asked from which density on dense products win."""
+    torch.compiler.reset()
+    config = AdapterConfig(num_features=F, decoder_bias=True)
+    compiled = torch.compile(
+        TranscoderAdapter(D, config, device="meta"),
+        fullgraph=True, backend="eager", dynamic=dynamic,
+    )  # fmt: skip
+    for tokens in (T, T + 2):
+        x = torch.empty(1, tokens, D, device="meta")
+        assert compiled(x, x).y.shape == x.shape
 
 
 def test_ablating_a_feature_subtracts_exactly_its_row():
