@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -112,6 +112,7 @@ def serving() -> dict[str, dict[str, tuple[str, str]]]:
     return table
 
 
+@lru_cache  # dozens of questions to the dispatcher, for every layer of every decode step
 def cuda_backends() -> tuple[str, ...]:
     """Names of the implementations that are installed and can serve CUDA devices."""
     others = [name for name, (key, _, _) in _BACKENDS.items() if key == "CUDA"]

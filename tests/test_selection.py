@@ -230,3 +230,11 @@ def test_the_compiled_kernels_are_not_chosen_for_what_they_refuse(monkeypatch, f
         with pytest.raises(KeyError):
             registry._measured(name)(*arguments)
     assert among == [ALL if fits else ("reference", "triton")] * 2
+
+
+def test_a_choice_asks_the_dispatcher_nothing(monkeypatch):
+    """It is made for every layer of every decode step."""
+    found = registry.cuda_backends()
+    monkeypatch.setattr(registry, "_is_registered", None)
+    assert registry.cuda_backends() == found
+    assert registry.dense_share(torch.device("cuda", 0), 1, 8, 16) > 0
