@@ -198,6 +198,33 @@ def test_the_backend_is_refused_where_nothing_can_run_it(monkeypatch):
         ops.backend("triton").__enter__()
 
 
+def compiled_elsewhere(code: str) -> str:
+    """What code prints in a process in which kernels are compiled, not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = os.path.dirname(os.path.dirname(__file__))
+    report = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
+    )
+    assert report.returncode == 0, report.stderr
+    return report.stdout
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_tokens():
+    """Those of an overflow apart, where it is a size of the matrices that they multiply."""
+    code = """
+import json, torch
+from benchmarks import compiled
+found = []
+for compiled.TOKENS in (8192, 8191, 600):
+    launches = compiled.launches_of_all_operators(torch.bfloat16, 3584)
+    kept = [one for one in launches if one.kernel.__name__ != "overflow_product_kernel"]
+    found.append(sorted({compiled._source(one, 90)[2] for one in kept}))
+print(json.dumps(found))
+"""
+    first, *others = json.loads(compiled_elsewhere(code))
+    assert first and all(other == first for other in others)
+
+
 def test_every_kernel_compiles_without_spilling():
     """For A100 and H100, as every operator launches it, on tensors without data.
 
@@ -207,13 +234,7 @@ def test_every_kernel_compiles_without_spilling():
         "import json, torch; from dataclasses import asdict; from benchmarks import compiled;"
         "print(json.dumps([asdict(row) for row in compiled.compile_all(torch.bfloat16, 3584)]))"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = os.path.dirname(os.path.dirname(__file__))
-    report = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=root, capture_output=True, text=True
-    )
-    assert report.returncode == 0, report.stderr
-    rows = json.loads(report.stdout)
+    rows = json.loads(compiled_elsewhere(code))
     assert {row["capability"] for row in rows} == {80, 90}
     assert {"topk_kernel", "segment_kernel", "gather_kernel"} <= {row["kernel"] for row in rows}
     for row in rows:

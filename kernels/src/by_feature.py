@@ -131,7 +131,7 @@ def _segment(extra_ptr, num_features, STEPS: tl.constexpr):
     return feature, segment
 
 
-@triton.jit
+@launch.kernel
 def segment_kernel(
     col_ptr, extra_ptr, order, token, value, da, rows,
     grad_l1, W_dec, gain, token_mask, dW, db_enc, partial, partial_sum,
@@ -215,7 +215,7 @@ def segment_kernel(
         tl.store(partial_sum + part, summed)
 
 
-@triton.jit
+@launch.kernel
 def add_segments_kernel(
     extra_ptr, grad_l1, W_dec, partial, partial_sum, dW, db_enc,
     row_ptr, num_tokens, width, capacity, num_extras,

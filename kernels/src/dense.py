@@ -120,7 +120,7 @@ def gained_dtype(tensor: Tensor, gain_F: Tensor | None) -> torch.dtype:
     return tensor.dtype
 
 
-@triton.jit
+@launch.kernel
 def activate_kernel(
     z, bits, norm, token_mask, counts, l0, fired, l1, row_ptr,
     num_tokens, num_features, num_words, capacity,
@@ -166,7 +166,7 @@ def activate_kernel(
         tl.store(l1 + t, tl.where(is_real, tl.sum(weighted, axis=0), 0.0))
 
 
-@triton.jit
+@launch.kernel
 def activation_backward_kernel(
     features, da, norm, gain, grad_l1, token_mask, partial_bias, partial_active, row_ptr,
     num_tokens, num_features, capacity,
@@ -212,7 +212,7 @@ def activation_backward_kernel(
     tl.store(partial_active + at, tl.sum(active_sum, axis=0), mask=is_feature)
 
 
-@triton.jit
+@launch.kernel
 def finish_kernel(
     W_dec, norm, grad_l1, partial_bias, partial_active, db_enc, dW_dec, row_ptr,
     num_tokens, num_features, width, capacity, num_chunks,

@@ -60,7 +60,7 @@ def gather_rows(
     return out, l1
 
 
-@triton.jit
+@launch.kernel
 def norm_kernel(
     W, wanted, norm, row_ptr, num_tokens, capacity, width,
     SUM: tl.constexpr, WIDTH: tl.constexpr,
@@ -81,7 +81,7 @@ def norm_kernel(
     tl.store(norm + f, tl.sqrt(tl.sum(w * w, axis=0)))
 
 
-@triton.jit
+@launch.kernel
 def gather_kernel(
     row_ptr, feature, coefficient, W, gain, base, bias, norm, token_mask, out, l1,
     num_tokens, num_features, width, capacity,

@@ -22,6 +22,13 @@ TOKENS_PER_PROGRAM = 4
 TOKENS_PER_SEGMENT = 256
 
 
+# Decorates what is launched. These sizes change from step to step, and none of them decides how
+# memory is read, so that no kernel is compiled anew where one becomes a multiple of 16, or 1.
+kernel = triton.jit(
+    do_not_specialize=["num_tokens", "capacity", "num_extras", "num_chunks", "num_steps"]
+)
+
+
 class Overflow(NamedTuple):
     """A condition that only the device knows: more features fired than there was room for.
 

@@ -73,7 +73,7 @@ def by_feature(row_ptr: Tensor, feature: Tensor, num_features: int) -> ByFeature
     key = torch.empty(capacity, dtype=key_dtype, device=device)
     expand_kernel[(triton.cdiv(capacity, 256),)](
         row_ptr, feature, token, key, num_tokens, num_features, capacity,
-        STEPS=num_tokens.bit_length(), ENTRIES=256, num_warps=2,
+        num_tokens.bit_length(), ENTRIES=256, num_warps=2,
     )  # fmt: skip
     key, order = torch.sort(key, stable=True)
     col_ptr = torch.searchsorted(
@@ -94,7 +94,7 @@ def _popcount(word):
     return ((word * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit
+@launch.kernel
 def fill_kernel(
     z, bits, row_ptr, feature, value, num_features, num_words, capacity,
     WORDS: tl.constexpr,
@@ -124,17 +124,20 @@ def fill_kernel(
         start += tl.sum(in_word, axis=0)
 
 
-@triton.jit
+@launch.kernel
 def expand_kernel(
-    row_ptr, feature, token, key, num_tokens, num_features, capacity,
-    STEPS: tl.constexpr, ENTRIES: tl.constexpr,
+    row_ptr, feature, token, key, num_tokens, num_features, capacity, num_steps,
+    ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Token of every entry, and its feature as a sorting key: F where there is no entry."""
+    """Token of every entry, and its feature as a sorting key: F where there is no entry.
+
+    The token is found in `num_steps` halvings of 0..T.
+    """
     e = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     last = tl.minimum(tl.load(row_ptr + num_tokens), capacity)
     low = tl.zeros((ENTRIES,), dtype=tl.int64)
     high = low + num_tokens
-    for _ in range(STEPS):
+    for _ in range(num_steps):
         middle = (low + high) // 2
         open_ended = low < high
         is_after = tl.load(row_ptr + middle + 1, mask=open_ended, other=0) <= e
@@ -146,7 +149,7 @@ def expand_kernel(
     tl.store(key + e, tl.where(exists, f, num_features), mask=e < capacity)
 
 
-@triton.jit
+@launch.kernel
 def unpack_kernel(row_ptr, feature, value, dense, num_features, capacity, ENTRIES: tl.constexpr):
     """Scatter one token's entries into its row of the zeroed dense activations."""
     t = tl.program_id(0).to(tl.int64)

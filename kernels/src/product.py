@@ -11,7 +11,7 @@ from torch import Tensor
 from tca_fast.kernels import launch
 
 
-@triton.jit
+@launch.kernel
 def overflow_product_kernel(
     a, b, scale_of_k, scale_of_row, base, bias, out, row_ptr, num_tokens, capacity, M, N, K,
     a_row, a_column, b_row, b_column,

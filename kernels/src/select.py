@@ -131,7 +131,7 @@ def _store_counts(count, t, num_tokens, token_mask, counts, l0):
     tl.store(l0 + t, count, mask=is_token)
 
 
-@triton.jit
+@launch.kernel
 def threshold_kernel(
     z, token_mask, bits, counts, l0, fired, num_tokens, num_features, num_words,
     TOKENS: tl.constexpr, FEATURES: tl.constexpr,
@@ -152,7 +152,7 @@ def threshold_kernel(
     _store_counts(count, t, num_tokens, token_mask, counts, l0)
 
 
-@triton.jit
+@launch.kernel
 def topk_kernel(
     z, token_mask, bits, counts, l0, fired, k, num_tokens, num_features, num_words,
     row_ptr, capacity,
