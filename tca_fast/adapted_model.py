@@ -303,7 +303,6 @@ class AdaptedModel:
         return ", ".join(map(repr, self._sets))
 
 
-@torch.inference_mode(False)  # else they could never be trained
 def fresh_adapters(
     mlps: Sequence[nn.Module],
     width: int,

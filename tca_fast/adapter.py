@@ -42,6 +42,7 @@ class TranscoderAdapter(nn.Module):
     gain: Tensor | None
     expected_density: float | None = None
 
+    @torch.inference_mode(False)  # else it could never be trained
     def __init__(
         self,
         width: int,

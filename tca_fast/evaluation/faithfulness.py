@@ -22,7 +22,7 @@ from tca_fast.sparsity import record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tca_fast.attachment import AdaptedModel
+    from tca_fast.adapted_model import AdaptedModel
 
 
 class Batch(NamedTuple):

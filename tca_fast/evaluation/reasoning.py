@@ -19,7 +19,7 @@ from tca_fast.evaluation.subject import evaluated
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from tca_fast.attachment import AdaptedModel
+    from tca_fast.adapted_model import AdaptedModel
 
 
 class Problem(NamedTuple):

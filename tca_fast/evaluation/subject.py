@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from tca_fast.attachment import AdaptedModel
+from tca_fast.adapted_model import AdaptedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
