@@ -272,28 +272,17 @@ void launch_step(
     cudaStream_t stream) {
 #ifdef __CUDACC__
   int device = 0, multiprocessors = 0, blocks = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = ask_for_shared(kernel, shared_bytes);
-  }
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-        &blocks, kernel, kStepThreads, shared_bytes);
-  }
-  if (error == cudaSuccess) {
-    const int together = blocks * multiprocessors;
-    bool both = true;
-    void* arguments[] = {&step, &both, &both};
-    error = cudaLaunchCooperativeKernel(
-        reinterpret_cast<void*>(kernel), dim3(together < most_blocks ? together : most_blocks),
-        dim3(kStepThreads), arguments, shared_bytes, stream);
-  }
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: a kernel did not start: ") + cudaGetErrorString(error));
-  }
+  check_start(cudaGetDevice(&device));
+  check_start(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  check_start(ask_for_shared(kernel, shared_bytes));
+  check_start(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+      &blocks, kernel, kStepThreads, shared_bytes));
+  const int together = blocks * multiprocessors;
+  bool both = true;
+  void* arguments[] = {&step, &both, &both};
+  check_start(cudaLaunchCooperativeKernel(
+      reinterpret_cast<void*>(kernel), dim3(together < most_blocks ? together : most_blocks),
+      dim3(kStepThreads), arguments, shared_bytes, stream));
 #else
   const int blocks = most_blocks < 3 ? most_blocks : 3;  // each takes several items
   launch(kernel, blocks, kStepThreads, shared_bytes, stream, step, true, false);

@@ -50,6 +50,14 @@ cudaError_t ask_for_shared(Kernel* kernel, size_t bytes) {
   return cudaFuncSetAttribute(
       kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
+
+// The runtime keeps an error until it is asked for it, and the next launch would report this one.
+inline void check_start(cudaError_t error) {
+  if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    throw std::runtime_error(std::string("CUDA: a kernel did not start: ") + cudaGetErrorString(error));
+  }
+}
 #endif
 
 // Runs `kernel(arguments...)` on the stream; an empty grid is no launch.
@@ -61,14 +69,9 @@ void launch(
     return;
   }
 #ifdef __CUDACC__
-  cudaError_t error = ask_for_shared(kernel, shared_bytes);
-  if (error == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
-    error = cudaGetLastError();
-  }
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA: a kernel did not start: ") + cudaGetErrorString(error));
-  }
+  check_start(ask_for_shared(kernel, shared_bytes));
+  kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
+  check_start(cudaGetLastError());
 #else
   static_cast<void>(stream);
   emulation::device().run(
