@@ -92,6 +92,14 @@ __host__ __device__ __forceinline__ int64_t most_extra_segments(
   return capacity / per_segment;
 }
 
+// How many pairs a segment takes: `least`, or as many as keep the segments beyond the first, which
+// need memory for their sums, to `most`.
+__host__ __device__ __forceinline__ int64_t segment_length(
+    int64_t capacity, int64_t least, int64_t most) {
+  const int64_t needed = ceil_div(capacity, most);
+  return needed < least ? least : needed;
+}
+
 // One piece of work on a feature: the pairs first..last of the order by feature.
 struct Segment {
   int64_t feature, first, last;

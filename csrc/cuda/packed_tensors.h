@@ -141,7 +141,8 @@ struct OrderedPairs {
   OrderedPairs(const Packed& packed, int64_t F, int64_t D, cudaStream_t stream) {
     const Tensor& like = packed.row_ptr;
     const int64_t num_tokens = packed.num_tokens(), capacity = packed.capacity();
-    const int64_t most_extra = most_extra_segments(capacity, kPairsPerSegment);
+    const int64_t per_segment = segment_length(capacity, kPairsPerSegment, kMostExtraSegments);
+    const int64_t most_extra = most_extra_segments(capacity, per_segment);
     col_ptr = make(like, {F + 1}, kIndex), extra_ptr = make(like, {F + 1}, kIndex);
     entry = make(like, {capacity}, kFeature), token = make(like, {capacity}, kFeature);
     partial_row = make(like, {2 * most_extra, D}, ScalarType::Float);
@@ -149,14 +150,14 @@ struct OrderedPairs {
     pairs = Pairs{
         {output<int64_t>(col_ptr), output<int64_t>(extra_ptr), output<int32_t>(entry),
          output<int32_t>(token)},
-        pointer<int64_t>(packed.row_ptr), num_tokens, F, capacity,
+        pointer<int64_t>(packed.row_ptr), num_tokens, F, capacity, per_segment,
         {output<float>(partial_row), output<float>(partial_sum), most_extra}};
     const Tensor tile_start = make(like, {num_tiles(num_tokens), F}, kFeature);
     const Tensor column_count = make(like, {F}, kFeature);
     order_by_feature(
         pointer<int64_t>(packed.row_ptr), pointer<int32_t>(packed.feature), pairs.order,
         output<int32_t>(tile_start), output<int32_t>(column_count), num_tokens, F, capacity,
-        kPairsPerSegment, stream);
+        per_segment, stream);
   }
 };
 

@@ -1,7 +1,7 @@
 // Gradients of the weights, one feature at a time: every row is read once, every gradient written once.
 //
 // Shapes: T tokens, D model width, F features, C capacity. The pairs are visited by feature
-// (by_feature.cuh). Program p < F takes the first 256 pairs of feature p; others take what follows in
+// (by_feature.cuh). Program p < F takes the first pairs of feature p, 256 or more; others take what follows in
 // features that fire more often, so that a feature that always fires does not hold up the device.
 //
 //   decoder   da = g <dy_t, W_dec[f]> + dl1 m_t |W_dec[f]|,
@@ -26,7 +26,7 @@ namespace tca_fast::cuda {
 #ifndef TCA_FAST_PAIRS_PER_SEGMENT
 #define TCA_FAST_PAIRS_PER_SEGMENT 256
 #endif
-constexpr int64_t kPairsPerSegment = TCA_FAST_PAIRS_PER_SEGMENT;
+constexpr int64_t kPairsPerSegment = TCA_FAST_PAIRS_PER_SEGMENT, kMostExtraSegments = 4096;
 
 // Sums of the segments of features that have several.
 struct Partial {
@@ -39,7 +39,7 @@ struct Partial {
 struct Pairs {
   ByFeature order;
   const int64_t* row_ptr;
-  int64_t num_tokens, F, capacity;
+  int64_t num_tokens, F, capacity, per_segment;
   Partial partial;
 
   __device__ __forceinline__ bool exist() const {
@@ -47,7 +47,7 @@ struct Pairs {
   }
   __device__ __forceinline__ Segment segment() const {
     return segment_of(
-        blockIdx.x, order.col_ptr, order.extra_ptr, F, kPairsPerSegment, partial.most_extra);
+        blockIdx.x, order.col_ptr, order.extra_ptr, F, per_segment, partial.most_extra);
   }
   int64_t programs() const { return F + partial.most_extra; }
 };

@@ -99,10 +99,9 @@ def _launch(
     segment_kernel[(num_features + pairs.num_extras,)](
         pairs.col_ptr, pairs.extra_ptr, pairs.order, pairs.token, value, da, rows_TD,
         upstream.l1, W_dec, upstream.gain, upstream.token_mask, dW, db_enc, partial, partial_sum,
-        row_ptr, num_tokens, num_features, width, capacity, pairs.num_extras,
+        row_ptr, num_tokens, num_features, width, capacity, pairs.num_extras, pairs.segment_tokens,
         SUM=launch.triton_dtype(sums), STEPS=num_features.bit_length(),
-        SEGMENT=launch.TOKENS_PER_SEGMENT, ROWS=launch.rows_in_flight(block, warps), WIDTH=block,
-        num_warps=warps,
+        ROWS=launch.rows_in_flight(block, warps), WIDTH=block, num_warps=warps,
     )  # fmt: skip
     if pairs.num_extras:
         add_segments_kernel[(num_features,)](
@@ -135,9 +134,8 @@ def _segment(extra_ptr, num_features, STEPS: tl.constexpr):
 def segment_kernel(
     col_ptr, extra_ptr, order, token, value, da, rows,
     grad_l1, W_dec, gain, token_mask, dW, db_enc, partial, partial_sum,
-    row_ptr, num_tokens, num_features, width, capacity, num_extras,
-    SUM: tl.constexpr, STEPS: tl.constexpr, SEGMENT: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    row_ptr, num_tokens, num_features, width, capacity, num_extras, segment_tokens,
+    SUM: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One segment of one feature: the decoder's gradients, or the encoder's where `W_dec` is None.
 
@@ -154,8 +152,8 @@ def segment_kernel(
     if f >= num_features:
         return
     extras = (tl.load(extra_ptr + f + 1) - tl.load(extra_ptr + f)).to(tl.int32)
-    first = tl.load(col_ptr + f) + segment * SEGMENT
-    last = tl.minimum(tl.load(col_ptr + f + 1), first + SEGMENT)
+    first = tl.load(col_ptr + f) + segment * segment_tokens
+    last = tl.minimum(tl.load(col_ptr + f + 1), first + segment_tokens)
     f = f.to(tl.int64)
 
     d = tl.arange(0, WIDTH)

@@ -20,12 +20,21 @@ _MOST_WARPS = 16
 TOKENS_PER_PROGRAM = 4
 # Tokens of one feature that one program adds up; a feature that fires for more is split.
 TOKENS_PER_SEGMENT = 256
+# Pieces beyond the first that all features may have together: each takes two rows of partial sums.
+MOST_EXTRA_SEGMENTS = 4096
 
 
 # Decorates what is launched. These sizes change from step to step, and none of them decides how
 # memory is read, so that no kernel is compiled anew where one becomes a multiple of 16, or 1.
 kernel = triton.jit(
-    do_not_specialize=["num_tokens", "capacity", "num_extras", "num_chunks", "num_steps"]
+    do_not_specialize=[
+        "num_tokens",
+        "capacity",
+        "num_extras",
+        "num_chunks",
+        "num_steps",
+        "segment_tokens",
+    ]
 )
 
 
@@ -78,6 +87,11 @@ def slice_of_row(width: int, num_tokens: int) -> tuple[int, int]:
 def rows_in_flight(block: int, warps: int) -> int:
     """Rows gathered at a time: as many as fit beside the sums in a thread's registers."""
     return max(2, min(8, 64 * warps * 32 // block))
+
+
+def segment_tokens(capacity: int) -> int:
+    """Tokens of one feature that one program adds up, where there is room for `capacity` pairs."""
+    return max(TOKENS_PER_SEGMENT, triton.cdiv(capacity, MOST_EXTRA_SEGMENTS))
 
 
 def features_of_row(num_features: int) -> tuple[int, int]:

@@ -53,6 +53,7 @@ class ByFeature(NamedTuple):
         order: int64 [C], entries in ascending order of feature, then token.
         token: int32 [C], token of every entry.
         extra_ptr: int64 [F+1], segments beyond the first of all features before.
+        segment_tokens: tokens of a segment.
         num_extras: most segments there can be beyond the first ones.
     """
 
@@ -60,6 +61,7 @@ class ByFeature(NamedTuple):
     order: Tensor
     token: Tensor
     extra_ptr: Tensor
+    segment_tokens: int
     num_extras: int
 
 
@@ -79,10 +81,11 @@ def by_feature(row_ptr: Tensor, feature: Tensor, num_features: int) -> ByFeature
     col_ptr = torch.searchsorted(
         key, torch.arange(num_features + 1, dtype=key_dtype, device=device)
     )
-    extras = ((col_ptr.diff() - 1) // launch.TOKENS_PER_SEGMENT).clamp(min=0)
+    segment_tokens = launch.segment_tokens(capacity)
+    extras = ((col_ptr.diff() - 1) // segment_tokens).clamp(min=0)
     extra_ptr = torch.zeros_like(col_ptr)
     torch.cumsum(extras, 0, out=extra_ptr[1:])
-    return ByFeature(col_ptr, order, token, extra_ptr, capacity // launch.TOKENS_PER_SEGMENT)
+    return ByFeature(col_ptr, order, token, extra_ptr, segment_tokens, capacity // segment_tokens)
 
 
 @triton.jit

@@ -76,15 +76,22 @@ void check_flags(Random& random) {
 }
 
 void check_segments(Random& random) {
-  const int64_t F = random() % 9, per_segment = 1 + random() % 5, room = random() % 4;
+  const int64_t F = random() % 9, least = 1 + random() % 5, room = random() % 4;
+  const int64_t allowed = 1 + random() % 30;
   int64_t col_ptr[10] = {0}, extra_ptr[10] = {0};
   for (int64_t f = 0; f < F; ++f) {
-    const int64_t count = random() % 3 ? random() % 4 : random() % 30;
-    col_ptr[f + 1] = col_ptr[f] + count;
+    col_ptr[f + 1] = col_ptr[f] + (random() % 3 ? random() % 4 : random() % 30);
+  }
+  const int64_t capacity = col_ptr[F] + room;
+  const int64_t per_segment = cuda::segment_length(capacity, least, allowed);
+  for (int64_t f = 0; f < F; ++f) {
+    const int64_t count = col_ptr[f + 1] - col_ptr[f];
     extra_ptr[f + 1] = extra_ptr[f] + cuda::extra_segments(count, per_segment);
   }
-  const int64_t most = cuda::most_extra_segments(col_ptr[F] + room, per_segment);
+  const int64_t most = cuda::most_extra_segments(capacity, per_segment);
   expect(extra_ptr[F] <= most, "most_extra_segments", extra_ptr[F], most);
+  expect(most <= allowed, "segment_length", most, allowed);
+  expect(per_segment == least || capacity / (per_segment - 1) > allowed - 1, "too long", per_segment);
 
   // Every pair belongs to one program; partial sums of a feature are found in order.
   std::vector<int> visits(col_ptr[F], 0);
