@@ -29,10 +29,10 @@ __all__ = [
     "serving",
 ]
 
-# Share of all features expected to be active when nothing is known of it, by kind of device. More
-# may fire: on a CPU they are then computed again in the backward, which costs one encoder product;
-# a CUDA device, which cannot be asked, starts with dense products.
-_DEFAULT_DENSITY = {"cpu": 1 / 32, "cuda": 1.0}
+# Share of all features expected to be active when nothing is known of it. More may fire: on a CPU
+# they are then computed again in the backward, which costs one encoder product. A CUDA device, which
+# cannot be asked, starts a training with dense products.
+_DEFAULT_DENSITY = 1 / 32
 # On a CPU, activations are kept densely from this share on: packing twice as many would take as
 # much memory. On CUDA, from where dense products are faster (`registry.dense_share`).
 _CPU_DENSE_SHARE = 1 / 4
@@ -247,17 +247,13 @@ def _capacity(
     if k is not None:
         return num_tokens * k
     if is_cpu:
-        density, most = _DEFAULT_DENSITY["cpu"], _CPU_DENSE_SHARE
+        density, most = _DEFAULT_DENSITY, _CPU_DENSE_SHARE
     else:
-        density, most = (
-            _DEFAULT_DENSITY["cuda"],
-            dense_share(
-                x_TD.device,
-                _COMPILED_TOKENS if torch.compiler.is_compiling() else num_tokens,
-                width,
-                num_features,
-            ),
-        )
+        asked = _COMPILED_TOKENS if torch.compiler.is_compiling() else num_tokens
+        most = dense_share(x_TD.device, asked, width, num_features)
+        # Adapters that only run are trained ones as a rule, and those are sparse.
+        is_sparse = most > 0 and not torch.is_grad_enabled()
+        density = min(_DEFAULT_DENSITY, most) if is_sparse else 1.0
     if expected_density is not None:
         density = expected_density
     if density > most:

@@ -87,6 +87,19 @@ def test_compiles_without_graph_breaks_on_devices_that_choose_a_regime(dynamic):
         assert compiled(x, x).y.shape == x.shape
 
 
+@pytest.mark.parametrize(("crossover", "room"), [(0.0, 8192), (0.01, 164), (1.0, 512)])
+def test_without_gradients_a_device_that_chooses_expects_few_features(crossover, room, monkeypatch):
+    """Room for all pairs is the dense regime, which reads the whole decoder for every token."""
+    monkeypatch.setattr(ops, "dense_share", lambda *shape: crossover)
+    x = torch.empty(3, 8, device="meta")
+    assert ops._capacity(x, 8192, None, None) == 3 * 8192
+    with torch.no_grad():
+        assert ops._capacity(x, 8192, None, None) == 3 * room
+        assert ops._capacity(x, 8192, 5, None) == 3 * 5
+        # What was observed counts as it does with gradients.
+        assert ops._capacity(x, 8192, None, 0.5) == 3 * 8192
+
+
 def test_ablating_a_feature_subtracts_exactly_its_row():
     x, mlp_out, W_enc, b_enc, W_dec, b_dec = weights(grad=False)
     features = ops.encode(x, W_enc, b_enc).to_dense()

@@ -50,7 +50,7 @@ def register(*, expected_density: float | None = None) -> None:
 
     Args:
         expected_density: see `ops.adapter`. `kernels` allows a layer no state, so the layer cannot
-            learn it; without it, a CUDA device computes dense products.
+            learn it; without it, a CUDA device that trains computes dense products.
     """
     # kernelize takes what serves training under torch.compile for its other modes too.
     found = {Mode.TRAINING | Mode.TORCH_COMPILE: _Repository(expected_density)}
