@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 # Share of all features expected to be active when nothing is known of it. More may fire: on a CPU
-# they are then computed again in the backward, which costs one encoder product. A CUDA device, which
-# cannot be asked, starts a training with dense products.
+# they are then computed again in the backward, which costs one encoder product. A CUDA device,
+# which cannot be asked, starts a training with dense products.
 _DEFAULT_DENSITY = 1 / 32
 # On a CPU, activations are kept densely from this share on: packing twice as many would take as
 # much memory. On CUDA, from where dense products are faster (`registry.dense_share`).
