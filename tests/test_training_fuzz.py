@@ -26,7 +26,7 @@ from tca_fast.training.checkpoints import newest_whole
 from tca_fast.training.deepspeed_settings import fill_settings, read_settings
 from tca_fast.training.engine import LocalEngine
 from tca_fast.training.run import train
-from tca_fast.training.state import load_ages, read_progress
+from tca_fast.training.state import changed_settings, load_ages, read_progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 AGES, STATE, MANIFEST = "feature_ages.safetensors", "training_state.json", "manifest.json"
@@ -65,6 +65,7 @@ class Resume:
     def load(self) -> None:
         checkpoint, _ = newest_whole("latest", self.folder, self.engine)
         read_progress(checkpoint, self.config, self.digest)
+        changed_settings(checkpoint, self.config)
         load_ages(checkpoint, self.ages)
         self.engine.load_state(checkpoint)
 
