@@ -104,6 +104,15 @@ def test_an_interrupted_sweep_goes_on(pair, swept, tmp_path, monkeypatch):
 def test_a_run_of_other_settings_is_not_mistaken_for_one(pair, swept):
     with pytest.raises(UserError, match="holds a run with other settings"):
         sweep(configs(pair, pair / "sweep", "run.seed=7"))
+    # Under the same name, what was trained and measured is another's as well.
+    for split in ("train", "val"):
+        file = pair / f"{split}.jsonl"
+        lines = file.read_text()
+        file.write_text(lines + lines.splitlines()[0] + "\n")
+        with pytest.raises(UserError, match="holds a run with other settings or data"):
+            sweep(configs(pair, pair / "sweep"))
+        file.write_text(lines)
+    assert sweep(configs(pair, pair / "sweep"))[1] == ["measured before"] * 3
 
 
 def point(weight, l0):

@@ -16,6 +16,7 @@ from tca_fast.evaluation.faithfulness import Faithfulness, measure_faithfulness
 from tca_fast.training.batches import collate, pad_token_id
 from tca_fast.training.checkpoints import checkpoints
 from tca_fast.training.data import Encoded, Encoder, open_corpus
+from tca_fast.training.origin import ORIGIN_NAME
 from tca_fast.training.run import resolve_device, train
 
 POINT_NAME = "point.json"
@@ -66,27 +67,39 @@ def run_sweep(
         UserError: a directory that holds another run, and what `train` raises.
     """
     points = []
+    data = _digests(configs[0])
     for config in sorted(configs, key=lambda config: config.objective.l1_weight):
-        point = _stored(config, num_samples)
+        identity = {"config": config.model_dump(mode="json"), "num_samples": num_samples, **data}
+        point = _stored(config, identity)
         if point is None:
-            told(config, _train(config))
+            told(config, _train(config, data))
             point = measure(config, num_samples)
-            _store(config, num_samples, point)
+            _store(config, identity, point)
         else:
             told(config, "measured before")
         points.append(point)
     return points
 
 
-def _train(config: TrainConfig) -> str:
+def _digests(config: TrainConfig) -> dict[str, str]:
+    """Of the data files by split: a file may change under its name."""
+    sources = {"train": config.data.train, "validation": config.data.validation}
+    return {
+        split: open_corpus(source, f"data.{split}", config.data.bad_lines).digest
+        for split, source in sources.items()
+        if source is not None
+    }
+
+
+def _train(config: TrainConfig, data: dict[str, str]) -> str:
     """Train, go on, or find it done; returns which."""
     output_dir = Path(config.run.output_dir)
     if (output_dir / "adapter").exists():
-        _check_same(config)
+        _check_same(config, data)
         return "trained before"
     did = "trained"
     if checkpoints(output_dir):
-        _check_same(config)
+        _check_same(config, data)
         did = "resumed"
         run = config.run.model_copy(update={"resume_from_checkpoint": "latest"})
         config = config.model_copy(update={"run": run})
@@ -95,8 +108,8 @@ def _train(config: TrainConfig) -> str:
     return did
 
 
-def _check_same(config: TrainConfig) -> None:
-    """What lies there must be of this configuration.
+def _check_same(config: TrainConfig, data: dict[str, str]) -> None:
+    """What lies there must be of this configuration and these files.
 
     Raises:
         UserError: they are not.
@@ -107,10 +120,12 @@ def _check_same(config: TrainConfig) -> None:
     found = load_config(path)
     resume = {"resume_from_checkpoint": config.run.resume_from_checkpoint}
     found = found.model_copy(update={"run": found.run.model_copy(update=resume)})
-    if found != config:
+    origin = json.loads((path.parent / ORIGIN_NAME).read_text(encoding="utf-8"))
+    of_files = {split: file["sha256"] for split, file in origin["data"].items()}
+    if found != config or of_files != data:
         raise UserError(
-            f"--out: {path.parent} holds a run with other settings; give another directory, or "
-            "the settings of that run"
+            f"--out: {path.parent} holds a run with other settings or data; give another "
+            "directory, or what that run had"
         )
 
 
@@ -170,24 +185,20 @@ def _point(config: TrainConfig, found: Faithfulness) -> Point:
     )
 
 
-def _identity(config: TrainConfig, num_samples: int) -> dict[str, Any]:
-    return {"config": config.model_dump(mode="json"), "num_samples": num_samples}
-
-
-def _stored(config: TrainConfig, num_samples: int) -> Point | None:
-    """The point of this very configuration, if it was measured."""
+def _stored(config: TrainConfig, identity: dict[str, Any]) -> Point | None:
+    """The point of this very configuration and data, if it was measured."""
     path = Path(config.run.output_dir) / POINT_NAME
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["of"] == _identity(config, num_samples):
+        if stored["of"] == identity:
             return Point(**stored["point"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return None
 
 
-def _store(config: TrainConfig, num_samples: int, point: Point) -> None:
-    content = {"point": asdict(point), "of": _identity(config, num_samples)}
+def _store(config: TrainConfig, identity: dict[str, Any], point: Point) -> None:
+    content = {"point": asdict(point), "of": identity}
     text = json.dumps(content, indent=1) + "\n"
     with Replacement(config.run.output_dir) as files:
         files.write(POINT_NAME, lambda path: _write(path, text))
