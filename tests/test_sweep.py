@@ -77,6 +77,12 @@ def test_long_sequences_are_measured_a_few_at_a_time(pair, swept, monkeypatch):
     assert [len(ids) for ids, *_ in runs._batches(config, 5)] == [1] * 5
 
 
+def test_what_cannot_be_measured_is_not_trained(pair, tmp_path):
+    with pytest.raises(UserError, match="data.validation: missing"):
+        sweep(configs(pair, tmp_path, "data.validation=null"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_sweep_goes_on(pair, swept, tmp_path, monkeypatch):
     finish = runs.train
     calls = []

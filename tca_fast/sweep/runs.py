@@ -64,8 +64,10 @@ def run_sweep(
 
     Raises:
         Interrupted: by Ctrl-C or SIGTERM; the same call goes on from there.
-        UserError: a directory that holds another run, and what `train` raises.
+        UserError: no validation file, a directory that holds another run, and what `train` raises.
     """
+    if any(config.data.validation is None for config in configs):
+        raise UserError("data.validation: missing; a sweep is measured on held-out text, name it")
     points = []
     data = _digests(configs[0])
     for config in sorted(configs, key=lambda config: config.objective.l1_weight):
@@ -133,10 +135,8 @@ def measure(config: TrainConfig, num_samples: int) -> Point:
     """Faithfulness of a trained run on its validation file.
 
     Raises:
-        UserError: no validation file, or adapters that cannot be read.
+        UserError: adapters or data that cannot be read.
     """
-    if config.data.validation is None:
-        raise UserError("data.validation: missing; a sweep is measured on held-out text, name it")
     pair, device = config.pair, str(resolve_device(config.run.device))
     target = load_model("pair.target", pair.target, pair.target_revision, pair, device).eval()
     adapted = load_adapted(
