@@ -22,7 +22,7 @@ def line(prompt="a b c", response="<think>\nd e</think> f"):
 def _pair(tmp_path_factory):
     """A tiny random pair with a tokenizer, and data, on disk."""
     root = tmp_path_factory.mktemp("pair")
-    words = ["<s>", "</s>", "<unk>", *"abcdefgh"]
+    words = ["<s>", "</s>", "<unk>", "<｜User｜>", "<｜Assistant｜>", *"abcdefgh"]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_word_tokenizer(words),
         bos_token="<s>",

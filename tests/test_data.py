@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -198,6 +199,17 @@ def test_a_template_that_drops_the_thinking_is_refused():
         encoder(format="chat")
 
 
+@pytest.mark.parametrize(("format", "mark"), [("deepseek", "<｜User｜>"), ("qwen", "<|im_start|>")])
+def test_a_format_that_the_tokenizer_does_not_know_is_refused(format, mark):
+    vocabulary = {"<unk>": 0, "hi": 1}
+    words = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    with pytest.raises(UserError, match=f"data.format: '{format}' writes {re.escape(mark)}, which"):
+        encoder(tokenizer, format=format)
+    tokenizer.add_tokens(["<｜User｜>", "<｜Assistant｜>", "<|im_start|>", "<|im_end|>"])
+    assert encoder(tokenizer, format=format).encode(conversation("hi", "hi")).ids.count_nonzero()
+
+
 def merging_tokenizer() -> PreTrainedTokenizerFast:
     """Joins two newlines into one token, also across the end of the prompt."""
     vocabulary = {**VOCABULARY, "\n\n": len(VOCABULARY)}
@@ -222,7 +234,8 @@ def test_tokenizers_without_offsets_compare_prefixes():
         def __call__(self, *arguments, **options):
             return tokenize(*arguments, **options)
 
-    slow = Slow(is_fast=False, eos_token_id=1, pad_token_id=1, chat_template=None)
+    ids = {"eos_token_id": 1, "pad_token_id": 1, "unk_token_id": None}
+    slow = Slow(is_fast=False, chat_template=None, **ids)
     encoded = encoder(slow).encode(conversation("q", "a"))
     assert encoded.prompt_length == 1 + len("<\uff5cUser\uff5c>q<\uff5cAssistant\uff5c>")
 

@@ -298,6 +298,12 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
+_MARKS = {
+    "deepseek": ("<\uff5cUser\uff5c>", "<\uff5cAssistant\uff5c>"),
+    "qwen": ("<|im_start|>", "<|im_end|>"),
+}
+
+
 class Encoder:
     """Turns conversations into token ids: format, tokenize, truncate (contract §4.2-4.3).
 
@@ -320,6 +326,13 @@ class Encoder:
                 "data.format: 'chat' needs a tokenizer with a chat template and the target's has "
                 "none; use 'deepseek' or 'qwen'"
             )
+        for mark in _MARKS.get(config.format, ()):
+            spelled = tokenizer(mark, add_special_tokens=False, verbose=False)["input_ids"]
+            if tokenizer.unk_token_id in spelled:
+                raise UserError(
+                    f"data.format: {config.format!r} writes {mark}, which the target's tokenizer "
+                    "does not know; choose another ('chat' is the tokenizer's own)"
+                )
         if config.append_eos and tokenizer.eos_token_id is None:
             raise UserError(
                 "data.append_eos: true needs a tokenizer with an end-of-sequence token and the "
@@ -361,7 +374,8 @@ class Encoder:
         if response.startswith("<think> "):
             response = "<think>\n" + response.removeprefix("<think> ")
         if self.config.format == "deepseek":
-            prompt = f"<\uff5cUser\uff5c>{conversation.prompt}<\uff5cAssistant\uff5c>"
+            user, assistant = _MARKS["deepseek"]
+            prompt = f"{user}{conversation.prompt}{assistant}"
             return prompt + response, len(prompt)
         prompt = f"<|im_start|>user\n{conversation.prompt}<|im_end|>\n<|im_start|>assistant\n"
         return f"{prompt}{response}<|im_end|>\n", len(prompt)
