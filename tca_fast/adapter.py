@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -59,8 +60,19 @@ class TranscoderAdapter(nn.Module):
             config: features, activation, k, decoder bias.
             generator: CPU generator of the encoder weights.
             device, dtype: of the parameters.
+
+        Raises:
+            UserError: a width that is none, or something else in the place of the configuration.
         """
         super().__init__()
+        if not _is_width(width):
+            raise UserError(f"width: {width!r} is no model width; give a number such as 4096")
+        # By its field and not its class, which needs pydantic: a machine without it has a stand-in.
+        if not hasattr(config, "num_features"):
+            raise UserError(
+                f"config: {config!r} is no configuration; pass "
+                "tca_fast.AdapterConfig(num_features=…)"
+            )
         self.config = config
         self.width = width
         self.observer = DensityObserver()
@@ -244,6 +256,10 @@ class TranscoderAdapter(nn.Module):
         kept = "relu" if self.config.k is None else f"topk(k={self.config.k})"
         features = self.config.num_features
         return f"width={self.width}, num_features={features}, activation={kept}"
+
+
+def _is_width(value: Any) -> bool:
+    return isinstance(value, Integral) and int(value) > 0
 
 
 def _numbers(name: str, given: Any, dtype: torch.dtype | None = None) -> Tensor:

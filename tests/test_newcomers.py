@@ -132,6 +132,19 @@ def test_loading(saved, mistake):
     assert [name for name, _ in model.named_modules()] == names
 
 
+@pytest.mark.parametrize(
+    ("width", "config", "message"),
+    [
+        (16, 8, "config: 8 is no configuration; pass tca_fast.AdapterConfig"),
+        (0, tca_fast.AdapterConfig(num_features=8), "width: 0 is no model width"),
+        ("16", tca_fast.AdapterConfig(num_features=8), "width: '16' is no model width"),
+    ],
+)
+def test_the_plain_layer(width, config, message):
+    with pytest.raises(UserError, match=message):
+        tca_fast.TranscoderAdapter(width, config)
+
+
 @pytest.mark.parametrize("make", [with_packed_weights, tuned_further])
 def test_other_weights_load_when_they_are_meant(saved, make):
     adapted = tca_fast.load(make(), saved / "adapter", check_model=False)
