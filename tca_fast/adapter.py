@@ -77,12 +77,13 @@ class TranscoderAdapter(nn.Module):
         self.width = width
         self.observer = DensityObserver()
         bound = 1 / math.sqrt(width)
-        encoder = torch.empty(config.num_features, width).uniform_(
-            -bound, bound, generator=generator
-        )
+        # In float32 on the CPU, whatever the defaults are, so that equal seeds give equal adapters.
+        encoder = torch.empty(config.num_features, width, dtype=torch.float32, device="cpu")
+        encoder.uniform_(-bound, bound, generator=generator)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.W_enc = nn.Parameter(encoder.to(**options))
-        self.b_enc = nn.Parameter(torch.zeros(config.num_features, **options))
+        bias = torch.zeros(config.num_features, **options)
+        self.W_enc = nn.Parameter(encoder.to(bias))
+        self.b_enc = nn.Parameter(bias)
         self.W_dec = nn.Parameter(torch.zeros(config.num_features, width, **options))
         self.b_dec = nn.Parameter(torch.zeros(width, **options)) if config.decoder_bias else None
         self.register_buffer("gain", None, persistent=False)

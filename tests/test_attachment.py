@@ -126,6 +126,20 @@ def test_the_seed_decides_the_encoder():
     assert torch.equal(encoders[0], encoders[1]) and not torch.equal(encoders[0], encoders[2])
 
 
+def test_the_defaults_of_torch_do_not_reach_the_encoder():
+    expected = tca_fast.attach(tiny_qwen2(), CONFIG, seed=3).layers[1]
+    model = tiny_qwen2()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):  # as set_default_device does
+            found = tca_fast.attach(model, CONFIG, seed=3).layers[1]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(expected.parameters(), found.parameters(), strict=True):
+        assert theirs.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("k", [None, 5])
 def test_the_wrapped_mlp_computes_the_formula(k):
     """MLP(x) + W_dec·act(W_enc·x + b_enc) + b_dec, recomputed from the parameters."""
