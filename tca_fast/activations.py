@@ -31,7 +31,8 @@ class Recording:
     """Active features of every layer in every pass while it was open.
 
     During `generate` with a KV cache the first step is the prompt, and each later one holds the
-    token that was generated before it, of every row of the batch.
+    token that was generated before it, of every row of the batch. Beam search reorders the rows
+    between steps, and assisted generation runs tokens that it may not keep; both are as they ran.
 
     Attributes:
         steps: in the order they ran.
