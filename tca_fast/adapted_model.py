@@ -281,9 +281,20 @@ class AdaptedModel:
         raise UserError(NO_MERGE)
 
     def save_pretrained(self, directory: str | Path, provenance: Provenance | None = None) -> None:
-        """Write the active adapters (and nothing of the model) to a directory; see `checkpoint`."""
+        """Write the active adapters (and nothing of the model) to a directory; see `checkpoint`.
+
+        Raises:
+            UserError: as `checkpoint.save_pretrained`, or the model's layers are not those that
+                were attached to.
+        """
         from tca_fast import checkpoint
 
+        here = [module for module in self.model.modules() if isinstance(module, AdaptedMLP)]
+        if here and [*map(id, here)] != [*map(id, self.wrapped)]:
+            raise UserError(
+                f"model: has {len(here)} layers with adapters, not the {len(self.wrapped)} that "
+                "were attached to; change its layers first and attach then"
+            )
         checkpoint.save_pretrained(self, directory, provenance)
 
     def _check_attached(self) -> None:

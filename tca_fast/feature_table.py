@@ -10,6 +10,7 @@ import torch
 from tca_fast import activations
 from tca_fast.errors import UserError
 from tca_fast.ops import ActiveFeatures
+from tca_fast.subject import evaluated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,8 +100,8 @@ def tabulate(
     if not all(wrapped.enabled for wrapped in adapted.wrapped):
         raise UserError("adapters: are switched off here, so no feature fires; call it outside")
     input_ids = input_ids.to(adapted.model.device)
-    with torch.no_grad(), activations.record() as recording:
-        adapted.model(input_ids=input_ids, use_cache=False)
+    with torch.no_grad(), evaluated(adapted) as model, activations.record() as recording:
+        model(input_ids=input_ids, use_cache=False)
     tokens = [tokenizer.decode([token]) for token in input_ids[0].tolist()]
     return FeatureTable(tokens, [recording.layer(layer) for layer in range(len(adapted.layers))])
 

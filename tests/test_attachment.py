@@ -93,6 +93,14 @@ def test_adapters_and_gains_made_in_inference_mode_serve_outside_of_it(model, tm
     assert all(parameter.grad.any() for parameter in adapted.parameters())
 
 
+def test_adapters_of_layers_that_are_gone_are_not_saved(model, tmp_path):
+    adapted = tca_fast.attach(model, CONFIG)
+    del model.model.layers[1]
+    with pytest.raises(tca_fast.UserError, match="has 2 layers with adapters, not the 3"):
+        adapted.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_state_dict_has_the_models_own_names(model):
     names = list(model.state_dict())
     randomise(tca_fast.attach(model, CONFIG))

@@ -35,6 +35,7 @@ FLOORS = {
     "feature_table": 3,
     "residual_stream": 2,
     "adapted_model": 3,
+    "subject": 3,
     "attachment": 3,
     "adapter_config": 3,
     "checkpoint": 3,

@@ -318,6 +318,13 @@ class TestFeatures:
         layer, feature, value = table.of_token(2)[0]
         assert f"{layer}/{feature} {value:.2f}" in lines[3]
 
+    def test_dropout_is_off_while_a_text_is_run(self, adapted):
+        tokenizer = character_tokenizer()
+        model = tiny_qwen2(vocab_size=len(tokenizer), attention_dropout=0.5).train()
+        adapted = tca_fast.attach(model, adapted.config)
+        tables = [adapted.features("Wait", tokenizer) for _ in range(2)]
+        assert tables[0].of_token(3) == tables[1].of_token(3) and model.training
+
     def test_a_model_without_tokenizer_asks_for_one(self, adapted):
         with pytest.raises(UserError, match=r"pass features\(text, tokenizer\)"):
             adapted.features("x")

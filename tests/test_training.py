@@ -5,6 +5,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -218,6 +219,24 @@ def test_a_run_that_will_save_nothing_says_so(pair, tmp_path, capsys):
         start(pair, tmp_path / "run", *few)
     start(pair, tmp_path / "again", "run.save_steps=9", *few)
     assert "no checkpoint" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.max_length=6", "data.loss_on_prompt=false"], "no token .* has a label"),
+        (["pair.base=TARGET"], "without adapters the model is pair.target already"),
+        ([], None),
+    ],
+)
+def test_figures_that_are_perfect_for_another_reason_are_doubted(
+    pair, tmp_path, capsys, overrides, message
+):
+    own = [override.replace("TARGET", str(pair / "target")) for override in overrides]
+    start(pair, tmp_path / "out", "run.max_steps=2", *own)
+    said = capsys.readouterr().err
+    assert said.count("warning:") == (message is not None)
+    assert message is None or re.search(message, said)
 
 
 def test_an_older_checkpoint_sets_the_later_ones_aside(pair, unbroken, tmp_path):

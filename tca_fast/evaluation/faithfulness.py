@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tca_fast.errors import UserError
-from tca_fast.evaluation.subject import evaluated
 from tca_fast.losses import IGNORED_LABEL, kl_sum, label_mask, lm_sum, nmse, squared_error_sums
 from tca_fast.residual_stream import residual_states
 from tca_fast.sparsity import record
+from tca_fast.subject import evaluated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tca_fast.errors import UserError
-from tca_fast.evaluation.subject import evaluated
+from tca_fast.subject import evaluated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -43,7 +43,7 @@ class QueuedStep:
         grad_norm: 0-d, from `to_host`: global norm before clipping.
         dead_features: int64 [L], from `to_host`: features that have not fired for long.
         learning_rate: that it used.
-        real_tokens, sequences, truncated: of its global batch.
+        label_tokens, real_tokens, sequences, truncated: of its global batch.
         tokens_seen, sequences_seen: of the run so far, with this step.
         ended: after its work and the copies.
         marks: phases since the step before it ended, the last of them at `ended`.
@@ -55,6 +55,7 @@ class QueuedStep:
     grad_norm: Tensor
     dead_features: Tensor
     learning_rate: float
+    label_tokens: int
     real_tokens: int
     sequences: int
     truncated: int
@@ -170,12 +171,28 @@ class StepMetrics:
                 # The step queued behind it was not applied either and has nothing to say.
                 self._queued = None
                 raise self.diverged(step.step, f"the {what} is {value}")
+        if step.step == 1:
+            self._doubt(step, figures)
         for speed in (self._since_log, self._since_start):
             speed.add(step)
         self.log.progress(self._shown(step, figures), self._since_start.tokens_per_second)
         if step.step % self.config.run.logging_steps == 0 or step.step == self.total_steps:
             self.log.log("train", step.step, self._record(step, figures, grad_norm))
             self._since_log = _Speed()
+
+    def _doubt(self, step: QueuedStep, figures: dict[str, float]) -> None:
+        """Say what makes the figures look perfect while nothing is learned."""
+        if not step.label_tokens:
+            self.log.note(
+                "warning: no token of the first step has a label, so KL and LM are 0; with "
+                f"data.loss_on_prompt={str(self.config.data.loss_on_prompt).lower()} and "
+                f"data.max_length={self.config.data.max_length} nothing of the answers is left"
+            )
+        elif figures.get("kl") == figures.get("nmse") == 0:
+            self.log.note(
+                "warning: without adapters the model is pair.target already (KL and NMSE are 0), "
+                "so there is nothing to learn; pair.base has the same MLPs"
+            )
 
     def _shown(self, step: QueuedStep, figures: dict[str, float]) -> dict[str, float]:
         """The figures with what a progress bar says beside them."""

@@ -212,6 +212,7 @@ class Trainer:
             to_host(norm),
             to_host(self.ages.num_dead(config.run.dead_after_tokens)),
             learning_rate=rate,
+            label_tokens=totals.label_tokens,
             real_tokens=totals.real_tokens,
             sequences=totals.sequences,
             truncated=totals.truncated,
