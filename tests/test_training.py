@@ -269,6 +269,23 @@ def test_a_checkpoint_of_another_run_is_refused(pair, unbroken, override, messag
     assert sorted(unbroken.rglob("*")) == before
 
 
+def test_models_are_known_again_by_their_weights(pair, unbroken, tmp_path, capsys):
+    """They may have moved since; what lies in their old place may be another."""
+    output, elsewhere = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(unbroken, output)
+    shutil.rmtree(output / "adapter")
+    shutil.copytree(pair / "base", elsewhere)
+    resumed = ["run.resume_from_checkpoint=latest", f"pair.base={elsewhere}", "run.save_steps=9"]
+    start(pair, output, *resumed)
+    assert records(output) == records(unbroken)
+    assert f"pair.base is '{elsewhere}', was '{pair}/base'" in capsys.readouterr().err
+
+    shutil.rmtree(output / "adapter")
+    shutil.copy(pair / "target" / "model.safetensors", elsewhere)
+    with pytest.raises(UserError, match=r"pair: weights of the models \(hash\): .* made with"):
+        start(pair, output, *resumed)
+
+
 def test_settings_that_differ_at_a_resume_are_named(pair, unbroken, tmp_path, capsys):
     """An override that was given at the start and forgotten afterwards."""
     output = tmp_path / "run"

@@ -52,7 +52,8 @@ class Resume:
             for path in sorted(self.checkpoint.rglob("*"))
             if path.is_file()
         }
-        self.digest = json.loads(self.original[STATE])["data_digest"]
+        state = json.loads(self.original[STATE])
+        self.digests = state["data_digest"], state["models_digest"]
         streams = load_streams(self.config.pair, self.config.adapter)
         objective = STEPS[self.config.objective.step](streams, self.config.objective)
         self.engine = LocalEngine(objective, self.config.optimizer, torch.device("cpu"))
@@ -64,7 +65,7 @@ class Resume:
 
     def load(self) -> None:
         checkpoint, _ = newest_whole("latest", self.folder, self.engine)
-        read_progress(checkpoint, self.config, self.digest)
+        read_progress(checkpoint, self.config, *self.digests)
         changed_settings(checkpoint, self.config)
         load_ages(checkpoint, self.ages)
         self.engine.load_state(checkpoint)
@@ -184,7 +185,7 @@ def test_no_training_state_of_another_form_is_accepted(resume, num_cases):
         # What a resume does not use may change; what it uses has to have a fitting value.
         for name in ("step", "total_steps", "tokens_seen", "sequences_seen"):
             assert type(record[name]) is int and record[name] >= 0, (case, name)
-        for name in ("format_version", "data_digest"):
+        for name in ("format_version", "data_digest", "models_digest"):
             assert record[name] == before[name], (case, name)
         for block in ("pair", "adapter"):
             # A field that is not there means the same as one that is None.

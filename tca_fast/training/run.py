@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tca_fast.adapter_config import Provenance
 from tca_fast.bridging.inputs import check_packing
 from tca_fast.bridging.objective import sample_cutoffs
 from tca_fast.bridging.steps import STEPS
-from tca_fast.bridging.streams import Streams, load_streams, load_tokenizer
+from tca_fast.bridging.streams import load_streams, load_tokenizer
 from tca_fast.config import TrainConfig, dump_config
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError, one_line
-from tca_fast.fingerprint import fingerprint, fingerprinted_layers
 from tca_fast.sparsity import FeatureAges
 from tca_fast.training.batches import StepBatch, check_lengths, encode_cached, make_step_batch
 from tca_fast.training.checkpoints import (
@@ -35,6 +33,7 @@ from tca_fast.training.claim import claimed
 from tca_fast.training.data import Corpus, Encoded, Encoder, open_corpus
 from tca_fast.training.engine import Engine, LocalEngine
 from tca_fast.training.forecast import warn_if_too_large
+from tca_fast.training.identity import models_digest, provenance
 from tca_fast.training.logs import RunLog, check_loggers, print_line
 from tca_fast.training.origin import ORIGIN_NAME, write_origin
 from tca_fast.training.pipeline import ahead, step_batches
@@ -154,9 +153,8 @@ def _train(
         engine = LocalEngine(objective, config.optimizer, device)
     if config.run.is_packed:
         check_packing(streams.reference)
-    provenance = _provenance(config, streams, engine)
     ages = FeatureAges(streams.num_layers, config.adapter.num_features).to(device)
-    progress, notes = _begin(config, engine, data, ages)
+    progress, notes = _begin(config, engine, data, models_digest(streams, engine), ages)
     with together(engine):
         log = _open_log(config, progress, engine, show_progress)
     try:
@@ -168,7 +166,7 @@ def _train(
             config,
             engine,
             streams,
-            provenance,
+            provenance(config.pair, streams, engine),
             data.plan,
             data.corpora["train"],
             progress,
@@ -268,22 +266,8 @@ def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _provenance(config: TrainConfig, streams: Streams, engine: Engine) -> Provenance:
-    pair, model = config.pair, streams.adapted.model
-    with engine.whole(fingerprinted_layers(model)):
-        marks = fingerprint(model)
-    return Provenance(
-        base=pair.base,
-        base_revision=pair.base_revision,
-        target=pair.target,
-        target_revision=pair.target_revision,
-        backbone=pair.backbone,
-        fingerprint=marks,
-    )
-
-
 def _begin(
-    config: TrainConfig, engine: Engine, data: _Data, ages: FeatureAges
+    config: TrainConfig, engine: Engine, data: _Data, models: str, ages: FeatureAges
 ) -> tuple[Progress, list[str]]:
     """Where the run stands, at its beginning or where a checkpoint left off; what to tell of it."""
     run, output_dir = config.run, Path(config.run.output_dir)
@@ -293,11 +277,11 @@ def _begin(
     skipped: dict[Path, str] = {}
     if run.resume_from_checkpoint is None:
         run_id = engine.gather_text(uuid.uuid4().hex[:12])[0]
-        progress = Progress(0, total_steps, digest, 0, 0, run_id, engine.name)
+        progress = Progress(0, total_steps, digest, models, 0, 0, run_id, engine.name)
     else:
         checkpoint, skipped = newest_whole(run.resume_from_checkpoint, output_dir, engine)
         with together(engine):
-            progress = read_progress(checkpoint, config, digest)
+            progress = read_progress(checkpoint, config, digest, models)
             changes = changed_settings(checkpoint, config)
             load_ages(checkpoint, ages)
         with together(engine):

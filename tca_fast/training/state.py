@@ -44,11 +44,13 @@ if TYPE_CHECKING:
 STATE_NAME = "training_state.json"
 AGES_NAME = "feature_ages.safetensors"
 ADAPTER_NAME = "adapter"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Fields that change what the remaining steps compute; the others (paths, logging, learning rate,
 # more epochs) are the user's to change between runs.
 _FIXED_BLOCKS = ("pair", "adapter")
+# Names, which may change where the models are the same.
+_MODEL_FIELDS = ("pair.base", "pair.base_revision", "pair.target", "pair.target_revision")
 _FIXED_FIELDS = (
     "data.format",
     "data.max_length",
@@ -70,6 +72,7 @@ class Progress:
         step: optimizer steps done.
         total_steps: steps of the run, the length of the schedule.
         data_digest: of the training file; sequences are found by their place in it.
+        models_digest: of both models, see `identity.models_digest`.
         tokens_seen: real tokens trained on.
         sequences_seen: sequences trained on.
         run_id: name of the run for loggers, kept over resumes.
@@ -79,6 +82,7 @@ class Progress:
     step: int
     total_steps: int
     data_digest: str
+    models_digest: str
     tokens_seen: int
     sequences_seen: int
     run_id: str
@@ -209,8 +213,12 @@ def _write_ages(temporary: Path, ages: FeatureAges) -> None:
         files.commit()
 
 
-def read_progress(checkpoint: Path, config: TrainConfig, data_digest: str) -> Progress:
+def read_progress(
+    checkpoint: Path, config: TrainConfig, data_digest: str, models_digest: str
+) -> Progress:
     """Read where a checkpoint stands, after checking that it belongs to this run.
+
+    The names of the models may differ where their weights do not.
 
     Raises:
         UserError: unreadable, of another format, or of another pair, adapter shape or data; the
@@ -227,7 +235,8 @@ def read_progress(checkpoint: Path, config: TrainConfig, data_digest: str) -> Pr
             )
         progress = _progress(record)
         for field, theirs, ours in _fixed_fields(saved, config.model_dump(mode="json")):
-            if theirs != ours:
+            moved = field in _MODEL_FIELDS and progress.models_digest == models_digest
+            if theirs != ours and not moved:
                 raise _mismatch(checkpoint, field, theirs, ours)
     except UserError:
         raise
@@ -235,6 +244,9 @@ def read_progress(checkpoint: Path, config: TrainConfig, data_digest: str) -> Pr
         raise UserError(
             f"{path}: not a readable training state ({error}); resume from another checkpoint"
         ) from None
+    if progress.models_digest != models_digest:
+        field = "pair: weights of the models (hash)"
+        raise _mismatch(checkpoint, field, progress.models_digest, models_digest)
     if progress.data_digest != data_digest:
         field = "data.train: contents (sha256)"
         raise _mismatch(checkpoint, field, progress.data_digest, data_digest)
