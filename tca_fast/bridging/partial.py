@@ -116,6 +116,12 @@ class PartialRunner:
         ours, theirs = self._parts, other._parts
         return _same_tensors([ours.final_norm, ours.head], [theirs.final_norm, theirs.head])
 
+    @property
+    def has_partitioned_head(self) -> bool:
+        """Whether norm and head are in parts (ZeRO-3), which all ranks gather at every call."""
+        weights = [*self._parts.final_norm.parameters(), *self._parts.head.parameters()]
+        return any(hasattr(weight, "ds_id") for weight in weights)
+
     def _call(self, layer: nn.Module, state_BSD: Tensor, call: LayerCall) -> Any:
         if not (self._is_checkpointed and torch.is_grad_enabled()):
             return layer(state_BSD, *call.args, **call.kwargs)

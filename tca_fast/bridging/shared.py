@@ -100,4 +100,10 @@ class SharedObjective(BridgingObjective):
     def _distances(
         self, teacher: Readout, students: Sequence[Readout], labels: Tensor
     ) -> Distances:
-        return head.distances(teacher, students, labels, self.config.loss)
+        return head.distances(
+            teacher,
+            students,
+            labels,
+            self.config.loss,
+            is_partitioned=self._reference.has_partitioned_head,
+        )
