@@ -169,6 +169,14 @@ def test_checkpointing_changes_no_gradient_of_it():
         assert torch.equal(plain, checkpointed)
 
 
+def test_l1_alone_has_a_loss_before_its_warmup_begins():
+    others = {"lambda_adapt": 0, "lambda_nmse": 0, "lambda_bridge": 0}
+    objective = SharedObjective(streams("relu"), ObjectiveConfig(l1_warmup_steps=4, **others))
+    loss = objective(**batch(), cutoffs=[], l1_scale=0.0).loss
+    loss.backward()
+    assert loss == 0
+
+
 def test_l1_warmup_is_linear_and_ends():
     config = ObjectiveConfig(l1_warmup_steps=4)
     assert [l1_scale_at(step, config) for step in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]

@@ -142,7 +142,7 @@ class BridgingObjective(nn.Module, ABC):
             auxiliary["auxk"] = auxiliary["auxk"] * (own_real_tokens / real_tokens)
         terms = (
             (config.lambda_adapt, main[config.loss]),
-            (config.l1_weight * l1_scale, l1_L.sum()),
+            (config.l1_weight, l1_scale * l1_L.sum()),
             (config.lambda_nmse, nmse_states.mean()),
             (config.lambda_bridge, bridge),
             *((config.auxk_weight, value) for value in auxiliary.values()),
