@@ -5,9 +5,9 @@ import collections
 import pytest
 import torch
 import zoo
-from tiny import batch, randomise, tiny_llama, tiny_qwen2
+from tiny import SHAPE, batch, randomise, tiny_llama, tiny_qwen2
 from torch.nn import functional as F
-from transformers import Qwen2ForCausalLM
+from transformers import MistralConfig, Qwen2ForCausalLM
 
 import tca_fast
 from tca_fast import AdapterConfig, UserError
@@ -85,6 +85,13 @@ def test_a_pair_that_does_not_fit_is_refused_with_both_values(field, value):
         field, ours, theirs = "rope_parameters.rope_theta", 5e5, 1e4
     assert f"pair: {field} is {ours!r} in the base and {theirs!r} in the target" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_windows_must_be_equal_where_each_model_has_its_own_attention():
+    base, target = (MistralConfig(**SHAPE, sliding_window=window) for window in (4, None))
+    check_pair(base, target)
+    with pytest.raises(UserError, match="sliding_window is 4 in the base and None in the target"):
+        check_pair(base, target, backbone="base")
 
 
 def test_other_families_are_refused():

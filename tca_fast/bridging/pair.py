@@ -20,12 +20,16 @@ _FIELDS = {
     "vocab_size": "the two models' logits cannot be compared",
     "rope_parameters": "attention of the two models rotates differently",
     "layer_types": "attention of the two models sees different windows",
+    "sliding_window": "attention of the two models sees different windows",
     "tie_word_embeddings": "one model's head is its embedding, the other's is not",
 }
 
 #: Differences a pair may be allowed to have when the backbone is the target, whose own setting is
 #: then used throughout (contract §2.4): only the base's MLPs are taken.
 ACCEPTABLE = ("rope_parameters", "tie_word_embeddings")
+
+# Of attention alone and without a part in any weight: nothing is asked where the target's is used.
+_OF_THE_BACKBONE = ("sliding_window",)
 
 
 def check_pair(
@@ -48,7 +52,7 @@ def check_pair(
     """
     for field, consequence in _FIELDS.items():
         for setting, ours, theirs in _differences(field, base, target):
-            if field in accept and backbone == "target":
+            if backbone == "target" and field in (*accept, *_OF_THE_BACKBONE):
                 continue
             remedy = "choose a base and a target of one family and size"
             if field in ACCEPTABLE and backbone == "target":
