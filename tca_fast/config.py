@@ -331,12 +331,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
             f"config: {path} holds {type(tree).__name__}, not blocks; it needs at least "
             "pair, data and run"
         )
+    return parse_config(tree, overrides, f"config {path}")
+
+
+def parse_config(tree: dict[str, Any], overrides: Sequence[str], source: str) -> TrainConfig:
+    """Check the blocks of a training configuration.
+
+    Args:
+        tree: the blocks as plain data; changed in place.
+        overrides: as in `load_config`.
+        source: what they came from, for messages.
+
+    Raises:
+        UserError: unknown key, wrong type or value.
+    """
     for override in overrides:
         _apply_override(tree, override)
     try:
         return TrainConfig.model_validate(tree)
     except pydantic.ValidationError as error:
-        raise UserError(f"config {path}: {_one_line(error, TrainConfig)}") from None
+        raise UserError(f"{source}: {_one_line(error, TrainConfig)}") from None
 
 
 def dump_config(config: TrainConfig, path: str | Path) -> None:

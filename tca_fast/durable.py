@@ -11,7 +11,8 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -114,6 +115,32 @@ class Replacement:
                 f"{path}: cannot be written ({os.strerror(number)}); {remedy}. "
                 "Earlier files there are unchanged"
             ) from error
+
+
+def replace_files(directory: str | Path, contents: Mapping[str, bytes]) -> dict[str, Path]:
+    """Write files whole, read them back, and let them replace older ones together.
+
+    Args:
+        directory: made if missing.
+        contents: by file name.
+
+    Returns:
+        The paths by file name.
+
+    Raises:
+        UserError: the directory or a file cannot be written, or reads back different.
+    """
+    with Replacement(directory) as files:
+        for name, content in contents.items():
+            files.write(name, partial(_write_and_compare, content))
+        files.commit()
+    return {name: Path(directory) / name for name in contents}
+
+
+def _write_and_compare(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
+    if path.read_bytes() != content:
+        raise UserError(f"{path}: reads back different from what was written; check the disk")
 
 
 def _error_number(error: Exception) -> int | None:

@@ -72,14 +72,36 @@ def build_streams(
     Raises:
         UserError: the pair does not fit, or an architecture is not supported.
     """
-    check_pair(base.config, target.config, backbone=backbone, accept=accept)
+    stream = build_backbone(base, target, backbone=backbone, accept=accept)
     target.eval().requires_grad_(False)
+    return Streams(attach(stream, config, seed=seed), target)
+
+
+def build_backbone(
+    base: PreTrainedModel,
+    target: PreTrainedModel,
+    *,
+    backbone: str = "target",
+    accept: tuple[str, ...] = (),
+) -> PreTrainedModel:
+    """The model that adapters stand in, beside the two it is made of; it stores nothing twice.
+
+    Args:
+        base, target, backbone, accept: as in `build_streams`.
+
+    Returns:
+        With backbone "target" the hybrid, a module tree of its own; with "base" the base itself.
+
+    Raises:
+        UserError: the pair does not fit, or an architecture is not supported.
+    """
+    check_pair(base.config, target.config, backbone=backbone, accept=accept)
     if backbone == "base":
         _end_like(base, target)
-        return Streams(attach(base.eval(), config, seed=seed), target)
+        return base.eval()
     hybrid = share_parameters(target)
     take_mlps(hybrid, base)
-    return Streams(attach(hybrid.eval(), config, seed=seed), target)
+    return hybrid.eval()
 
 
 def take_mlps(model: PreTrainedModel, donor: PreTrainedModel) -> None:
@@ -154,29 +176,43 @@ def load_streams(
     Raises:
         UserError: a model that cannot be read, or a pair that does not fit.
     """
-    from transformers import AutoConfig
-
-    names = {"base": (pair.base, pair.base_revision), "target": (pair.target, pair.target_revision)}
-    configs = {
-        role: _read(f"pair.{role}", AutoConfig, name, revision)
-        for role, (name, revision) in names.items()
-    }
     if pair.attn_implementation == "flex_attention" and device == "cpu":
         raise UserError(
             "pair.attn_implementation: PyTorch's 'flex_attention' has no backward on a CPU; set "
             "pair.attn_implementation=sdpa"
         )
-    accept = tuple(pair.accept_differences)
-    check_pair(configs["base"], configs["target"], backbone=pair.backbone, accept=accept)
-    tokenizers = [load_tokenizer(name, revision) for name, revision in names.values()]
-    if tokenizers[0] is not None and tokenizers[1] is not None:
-        check_tokenizers(tokenizers[0], tokenizers[1])
+    check_models(pair)
     base, target = (
         load_model(f"pair.{role}", name, revision, pair, device, place)
-        for role, (name, revision) in names.items()
+        for role, (name, revision) in _models(pair).items()
     )
+    accept = tuple(pair.accept_differences)
     with placed(place):
         return build_streams(base, target, config, backbone=pair.backbone, accept=accept, seed=seed)
+
+
+def check_models(pair: PairConfig) -> None:
+    """Compare configurations and tokenizers of a pair; no weight is read.
+
+    Raises:
+        UserError: a model that cannot be found, or a pair that does not fit.
+    """
+    from transformers import AutoConfig
+
+    configs = {
+        role: _read(f"pair.{role}", AutoConfig, name, revision)
+        for role, (name, revision) in _models(pair).items()
+    }
+    accept = tuple(pair.accept_differences)
+    check_pair(configs["base"], configs["target"], backbone=pair.backbone, accept=accept)
+    tokenizers = [load_tokenizer(name, revision) for name, revision in _models(pair).values()]
+    if tokenizers[0] is not None and tokenizers[1] is not None:
+        check_tokenizers(tokenizers[0], tokenizers[1])
+
+
+def _models(pair: PairConfig) -> dict[str, tuple[str, str | None]]:
+    """Name and revision of the two models by role."""
+    return {"base": (pair.base, pair.base_revision), "target": (pair.target, pair.target_revision)}
 
 
 def load_adapted(

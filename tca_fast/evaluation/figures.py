@@ -6,7 +6,7 @@ Colours are fixed per model across all charts, see `pages.charts`.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tca_fast.pages.charts import (
@@ -23,7 +23,8 @@ from tca_fast.pages.charts import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tca_fast.evaluation.report import RunReport
+    from tca_fast.evaluation.faithfulness import Faithfulness
+    from tca_fast.evaluation.report import ModelName, RunReport
 
 Draw = Callable[["Axes", "RunReport"], None]
 
@@ -49,14 +50,14 @@ def draw_accuracy(axes: Axes, report: RunReport) -> None:
     axes.set_title("Task accuracy")
 
 
-def draw_nmse(axes: Axes, report: RunReport) -> None:
-    """Lines: NMSE against the target at every residual state, base, hybrid and adapter."""
+def draw_nmse(axes: Axes, faithfulness: Mapping[ModelName, Faithfulness]) -> None:
+    """Lines: NMSE against the target at every residual state, of every model but the target."""
     shown: list[float] = []
-    for model in report.models:
-        if model.name == "target":
+    for name, found in faithfulness.items():
+        if name == "target":
             continue
-        nmse = [value if value > 0 else float("nan") for value in model.faithfulness.nmse]
-        axes.plot(nmse, marker="o", markersize=4, color=COLOURS[model.name], label=model.name)
+        nmse = [value if value > 0 else float("nan") for value in found.nmse]
+        axes.plot(nmse, marker="o", markersize=4, color=COLOURS[name], label=name)
         shown += (value for value in nmse if value > 0)
     log_scale(axes, shown)
     integer_ticks(axes)
@@ -66,14 +67,13 @@ def draw_nmse(axes: Axes, report: RunReport) -> None:
     axes.legend()
 
 
-def draw_l0(axes: Axes, report: RunReport) -> None:
+def draw_l0(axes: Axes, l0: Sequence[float], num_features: int) -> None:
     """Bars: active features per token in each layer of the adapter model."""
-    l0 = report.model("adapter").faithfulness.l0 or ()
     axes.bar(range(len(l0)), l0, width=0.62, color=COLOURS["adapter"])
     for layer, value in enumerate(l0):
         if len(l0) <= 12:
             axes.annotate(
-                f"{value:.1f}\n({100 * value / report.num_features:.2f} %)",
+                f"{value:.1f}\n({100 * value / num_features:.2f} %)",
                 (layer, value),
                 xytext=(0, 4),
                 textcoords="offset points",
@@ -83,9 +83,17 @@ def draw_l0(axes: Axes, report: RunReport) -> None:
     axes.set_ylim(0, 1.28 * max(l0, default=1) or 1)
     integer_ticks(axes)
     axes.set_xlabel("layer")
-    axes.set_ylabel(f"of {report.num_features:,} features")
+    axes.set_ylabel(f"of {num_features:,} features")
     axes.grid(axis="x", visible=False)
     axes.set_title("Active features per token")
+
+
+def _draw_nmse(axes: Axes, report: RunReport) -> None:
+    draw_nmse(axes, report.faithfulness)
+
+
+def _draw_l0(axes: Axes, report: RunReport) -> None:
+    draw_l0(axes, report.faithfulness["adapter"].l0 or (), report.num_features)
 
 
 def draw_curve(key: str, title: str, unit: str) -> Draw:
@@ -120,8 +128,8 @@ def _logged(report: RunReport, split: str, key: str) -> tuple[list[int], list[fl
 
 CHARTS: Mapping[str, Draw] = {
     "accuracy": draw_accuracy,
-    "nmse": draw_nmse,
-    "l0": draw_l0,
+    "nmse": _draw_nmse,
+    "l0": _draw_l0,
     "kl_curve": draw_curve("kl", "KL to target over training", "nats per token"),
     "nmse_curve": draw_curve("nmse", "Residual error over training", "NMSE, mean over states"),
     "l0_curve": draw_curve("l0", "Active features over training", "per token and layer"),
@@ -145,7 +153,7 @@ def figure_files(report: RunReport) -> dict[str, bytes]:
     padding = {"figure.constrained_layout.w_pad": 0.15, "figure.constrained_layout.h_pad": 0.1}
     with matplotlib.rc_context({**STYLE, **padding, "svg.hashsalt": "figure"}):
         figure = new_figure((13.2, 3.7))
-        draws = (draw_accuracy, draw_nmse, draw_l0)
+        draws = (draw_accuracy, _draw_nmse, _draw_l0)
         for axes, draw in zip(figure.subplots(1, 3), draws, strict=True):
             draw(axes, report)
         for kind, metadata in (("png", None), ("svg", {"Date": None})):

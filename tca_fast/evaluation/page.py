@@ -6,19 +6,21 @@ All text that comes from models or files is escaped; the charts are inline SVG.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 import yaml
 
+from tca_fast.evaluation.faithfulness import Faithfulness
 from tca_fast.evaluation.figures import chart_svg
-from tca_fast.evaluation.report import ModelResult, RunReport
+from tca_fast.evaluation.report import ModelName, ModelResult, RunReport
 from tca_fast.pages.document import cards, document, folded
 
 _DESCRIPTIONS = {
     "base": "the MLP donor, before tuning",
     "hybrid": "target with the base’s MLPs",
-    "adapter": "hybrid plus sparse adapters",
-    "target": "the reasoning-tuned model",
+    "adapter": "base’s MLPs and sparse adapters",
+    "target": "the fine-tuned model",
 }
 
 _CSS = """
@@ -45,7 +47,7 @@ def render_page(report: RunReport) -> str:
 <h2>Charts</h2>
 {_charts(report)}
 <h2>Residual stream error, state by state</h2>
-{_nmse_table(report)}
+{nmse_table(report.faithfulness)}
 {_samples(report)}
 <h2>How it was made</h2>
 {_details(report)}"""
@@ -57,10 +59,10 @@ def _summary(report: RunReport) -> str:
         report.model(name).reasoning.accuracy for name in ("base", "adapter", "target")
     )
     share = report.active_share
-    sparse = "" if share is None else f" with {_percent(share, 2)} of features active per token"
+    sparse = "" if share is None else f" with {percent(share, 2)} of features active per token"
     return (
-        f"The target solves {_percent(target)} of the problems, the base {_percent(base)}. "
-        f"Sparse adapters beside the base’s frozen MLPs{sparse} solve {_percent(adapter)}."
+        f"The target solves {percent(target)} of the problems, the base {percent(base)}. "
+        f"Sparse adapters beside the base’s frozen MLPs{sparse} solve {percent(adapter)}."
     )
 
 
@@ -71,11 +73,11 @@ def _cards(report: RunReport) -> str:
     return cards(
         (
             (
-                f"{_percent(report.accuracy_recovered)} "
-                f"<small>± {_percent(report.accuracy_recovered_se())}</small>",
+                f"{percent(report.accuracy_recovered)} "
+                f"<small>± {percent(report.accuracy_recovered_se())}</small>",
                 "of the accuracy gain recovered",
             ),
-            (active, f"features active per token and layer ({_percent(share or 0, 2)})"),
+            (active, f"features active per token and layer ({percent(share or 0, 2)})"),
             (f"{adapter.faithfulness.kl:.4f}", "KL to the target, nats per token"),
             (f"{report.length_ratio:.2f} ×", "the target’s mean response length"),
         )
@@ -94,34 +96,45 @@ def _model_table(report: RunReport) -> str:
         "“wait” per<br>response",
         "Cut at<br>the limit",
     )
-    rows = "".join(_model_row(model, report.num_features) for model in report.models)
-    head = "".join(f"<th>{text}</th>" for text in heads)
-    return (
-        f'<div class="panel scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    rows = ((model.name, _model_cells(model, report.num_features)) for model in report.models)
+    return model_table(heads, rows)
 
 
-def _model_row(model: ModelResult, num_features: int) -> str:
+def _model_cells(model: ModelResult, num_features: int) -> Sequence[str]:
     faithfulness, reasoning = model.faithfulness, model.reasoning
-    l0 = faithfulness.mean_l0
-    share = "" if l0 is None else f" <small>{_percent(l0 / num_features, 2)}</small>"
-    cells = (
+    return (
         f"{faithfulness.kl:.4f}",
         f"{faithfulness.mean_nmse:.4f}",
-        _percent(faithfulness.agreement),
-        "–" if l0 is None else f"{l0:.1f}{share}",
-        f"{_percent(reasoning.accuracy)} <small>± {_percent(reasoning.accuracy_se)}</small>",
+        percent(faithfulness.agreement),
+        l0_cell(faithfulness.mean_l0, num_features),
+        f"{percent(reasoning.accuracy)} <small>± {percent(reasoning.accuracy_se)}</small>",
         f"{reasoning.mean_length:.1f} <small>± {reasoning.mean_length_se:.1f}</small>",
         f"{reasoning.waits_per_response:.2f}",
-        _percent(reasoning.truncated_share),
+        percent(reasoning.truncated_share),
     )
-    return (
-        f'<tr class="{model.name}"><th><i style="background:var(--{model.name})"></i>{model.name}'
-        f"<small>{_DESCRIPTIONS[model.name]}</small></th>"
+
+
+def model_table(heads: Sequence[str], rows: Iterable[tuple[ModelName, Sequence[str]]]) -> str:
+    """A table with one row for each model; headings and cells are HTML."""
+    head = "".join(f"<th>{text}</th>" for text in heads)
+    body = "".join(
+        f'<tr class="{name}"><th><i style="background:var(--{name})"></i>{name}'
+        f"<small>{_DESCRIPTIONS[name]}</small></th>"
         + "".join(f"<td>{cell}</td>" for cell in cells)
         + "</tr>"
+        for name, cells in rows
     )
+    return (
+        f'<div class="panel scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def l0_cell(mean_l0: float | None, num_features: int) -> str:
+    """Active features and their share of all; a dash for a model without adapters."""
+    if mean_l0 is None:
+        return "–"
+    return f"{mean_l0:.1f} <small>{percent(mean_l0 / num_features, 2)}</small>"
 
 
 def _table_note(report: RunReport) -> str:
@@ -148,20 +161,17 @@ def _charts(report: RunReport) -> str:
     return f'<div class="charts">{figures}</div>'
 
 
-def _nmse_table(report: RunReport) -> str:
-    num_states = len(report.models[0].faithfulness.nmse)
-    head = "".join(f"<th>h{state}</th>" for state in range(num_states))
-    rows = "".join(
-        f'<tr class="{model.name}"><th><i style="background:var(--{model.name})"></i>'
-        f"{model.name}</th>"
-        + "".join(f"<td>{value:.4f}</td>" for value in model.faithfulness.nmse)
-        + "</tr>"
-        for model in report.models
-        if model.name != "target"
-    )
-    return (
-        f'<div class="panel scroll"><table><thead><tr><th>NMSE to target</th>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+def nmse_table(faithfulness: Mapping[ModelName, Faithfulness]) -> str:
+    """NMSE of every model but the target at every residual state."""
+    num_states = len(next(iter(faithfulness.values())).nmse)
+    heads = ("NMSE to target", *(f"h{state}" for state in range(num_states)))
+    return model_table(
+        heads,
+        (
+            (name, [f"{value:.4f}" for value in found.nmse])
+            for name, found in faithfulness.items()
+            if name != "target"
+        ),
     )
 
 
@@ -205,5 +215,6 @@ def _details(report: RunReport) -> str:
     )
 
 
-def _percent(share: float, digits: int = 1) -> str:
+def percent(share: float, digits: int = 1) -> str:
+    """A share as text; a dash where it is not finite."""
     return f"{100 * share:.{digits}f} %" if math.isfinite(share) else "–"

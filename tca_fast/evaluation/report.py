@@ -10,14 +10,12 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from tca_fast.durable import Replacement
-from tca_fast.errors import UserError
+from tca_fast.durable import replace_files
 from tca_fast.evaluation.faithfulness import Faithfulness
 from tca_fast.evaluation.reasoning import Reasoning
 
@@ -72,6 +70,11 @@ class RunReport:
         return next(model for model in self.models if model.name == name)
 
     @property
+    def faithfulness(self) -> dict[ModelName, Faithfulness]:
+        """The faithfulness of every model by its name."""
+        return {model.name: model.faithfulness for model in self.models}
+
+    @property
     def active_share(self) -> float | None:
         """Active features per token over F, mean over the adapter model's layers."""
         mean_l0 = self.model("adapter").faithfulness.mean_l0
@@ -111,7 +114,7 @@ class RunReport:
 
 def results(report: RunReport) -> dict[str, Any]:
     """Every figure of the report as plain data, NaN as None; what `results.json` holds."""
-    return _plain(
+    return plain(
         {
             "title": report.title,
             "accuracy_recovered": report.accuracy_recovered,
@@ -149,21 +152,11 @@ def write_report(report: RunReport, directory: str | Path) -> dict[str, Path]:
         **figure_files(report),
         "report.html": render_page(report).encode(),
     }
-    with Replacement(directory) as files:
-        for name, content in contents.items():
-            files.write(name, partial(_write, content))
-        files.commit()
-    return {name: Path(directory) / name for name in contents}
+    return replace_files(directory, contents)
 
 
-def _write(content: bytes, path: Path) -> None:
-    path.write_bytes(content)
-    if path.read_bytes() != content:
-        raise UserError(f"{path}: reads back different from what was written; check the disk")
-
-
-def _model_figures(model: ModelResult) -> dict[str, Any]:
-    faithfulness, reasoning = model.faithfulness, model.reasoning
+def faithfulness_figures(faithfulness: Faithfulness) -> dict[str, Any]:
+    """What was measured of one model, by the names that JSON files have."""
     return {
         "kl": faithfulness.kl,
         "lm_loss": faithfulness.lm_loss,
@@ -173,6 +166,14 @@ def _model_figures(model: ModelResult) -> dict[str, Any]:
         "l0": faithfulness.mean_l0,
         "l0_per_layer": faithfulness.l0,
         "num_counted_tokens": faithfulness.num_counted,
+        "num_real_tokens": faithfulness.num_real,
+    }
+
+
+def _model_figures(model: ModelResult) -> dict[str, Any]:
+    reasoning = model.reasoning
+    return {
+        **faithfulness_figures(model.faithfulness),
         "accuracy": reasoning.accuracy,
         "accuracy_se": reasoning.accuracy_se,
         "mean_length": reasoning.mean_length,
@@ -186,12 +187,12 @@ def _recovered(base: float, adapter: float, target: float) -> float:
     return (adapter - base) / (target - base) if target > base else math.nan
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become None."""
+def plain(value: Any) -> Any:
+    """Lists and dictionaries for JSON, which has no NaN or infinity: they become None."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -6,11 +6,10 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tca_fast.durable import Replacement
+from tca_fast.durable import replace_files
 from tca_fast.pages.charts import COLOURS, STYLE, log_scale, new_figure
 from tca_fast.sweep.runs import Point
 
@@ -59,12 +58,4 @@ def write_curve(points: Sequence[Point], directory: Path) -> list[Path]:
     """Write `tradeoff.json` and `tradeoff.png`; returns their paths."""
     text = json.dumps([asdict(point) for point in points], indent=1) + "\n"
     contents = {"tradeoff.json": text.encode(), "tradeoff.png": picture(points)}
-    with Replacement(directory) as files:
-        for name, content in contents.items():
-            files.write(name, partial(_write, content=content))
-        files.commit()
-    return [directory / name for name in contents]
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
+    return list(replace_files(directory, contents).values())
