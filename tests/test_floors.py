@@ -48,6 +48,7 @@ FLOORS = {
     "integrations": 5,
     "hub": 5,
     "training": 5,
+    "held_out": 5,
     "sweep": 6,
     "cli": 6,
     "train": 6,

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from PIL import Image
 
 from tca_fast import cli
@@ -58,23 +57,6 @@ def test_what_is_measured_is_not_done_again(pair, swept, monkeypatch):
     (pair / "sweep" / "l1_0.3" / runs.POINT_NAME).write_text('{"point"')
     points, told = sweep(configs(pair, pair / "sweep"))
     assert points == swept[0] and told[1] == "trained before"
-
-
-def test_long_sequences_are_measured_a_few_at_a_time(pair, swept, monkeypatch):
-    """Sixty-four of 10,000 tokens would need logits of hundreds of gigabytes."""
-    config = configs(pair, pair / "sweep")[1]
-    (whole,) = runs._batches(config, 5)
-    monkeypatch.setattr(runs, "_BATCH_TOKENS", 100)
-    few = runs._batches(config, 5)
-    assert len(few) > 1 and all(ids.numel() <= 100 for ids, *_ in few)
-    real = [ids[mask.bool()] for ids, mask, _ in few]
-    assert torch.equal(torch.cat(real), whole[0][whole[1].bool()])
-    again, before = runs.measure(config, 5), swept[0][1]
-    assert again.num_counted == before.num_counted and again.l0 == pytest.approx(before.l0)
-    assert again.kl == pytest.approx(before.kl, rel=1e-4)
-    assert again.nmse == pytest.approx(before.nmse, rel=1e-4)
-    monkeypatch.setattr(runs, "_BATCH_TOKENS", 1)
-    assert [len(ids) for ids, *_ in runs._batches(config, 5)] == [1] * 5
 
 
 def test_what_cannot_be_measured_is_not_trained(pair, tmp_path):

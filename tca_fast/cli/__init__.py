@@ -11,6 +11,7 @@ from tca_fast.cli.bench import bench
 from tca_fast.cli.convert import convert
 from tca_fast.cli.demo import demo
 from tca_fast.cli.env import env
+from tca_fast.cli.evaluate import evaluate
 from tca_fast.cli.hub import pull, push
 from tca_fast.cli.plan import plan
 from tca_fast.cli.report import report
@@ -29,6 +30,7 @@ app = typer.Typer(
 app.command(help="Train adapters on the miniature pair and show how well they do.")(demo)
 app.command(help="Train adapters from a YAML configuration.")(train)
 app.command(help="Progress of a training run as one page, also while it goes on.")(report)
+app.command(help="How faithful trained adapters are, on held-out text.")(evaluate)
 app.command(help="Faithfulness against sparsity over L1 weights.")(sweep)
 app.command(help="Memory, time and GPU-hours of a run before it starts.")(plan)
 app.command(help="Recompute every quantity of a golden folder and compare.")(verify)

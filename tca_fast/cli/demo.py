@@ -285,14 +285,10 @@ def _report(
     out: Path,
     seconds: dict[str, float],
 ) -> RunReport:
-    from tca_fast.cli.env import collect
+    from tca_fast.cli.env import environment
     from tca_fast.evaluation.report import RunReport
     from tca_fast.training.run import resolve_device
 
-    found = collect()
-    kind = resolve_device(config.run.device).type.upper()
-    backends = sorted({serving.backend for serving in found.operators if serving.device == kind})
-    versions = {name: version for name, version in found.versions.items() if version}
     adapter = results[2].reasoning.responses
     return RunReport(
         title="Transcoder adapters on the miniature pair",
@@ -304,12 +300,7 @@ def _report(
         samples_note="The first problem of each domain, and the first the adapter model fails.",
         history=_history(out / "log.jsonl"),
         config=config.model_dump(mode="json"),
-        environment={
-            **found.machine,
-            "device": kind,
-            "operator backend": ", ".join(backends),
-            **versions,
-        },
+        environment=environment(resolve_device(config.run.device).type),
         seconds=seconds,
     )
 

@@ -104,6 +104,23 @@ def collect() -> Environment:
     return Environment(versions, describe_machine(), devices, measured, operators, missing)
 
 
+def environment(device: str) -> dict[str, str]:
+    """Machine, backend and versions, as reports of measured figures show them.
+
+    Args:
+        device: type of the device that was measured on, "cpu" or "cuda".
+    """
+    found, kind = collect(), device.upper()
+    backends = sorted({serving.backend for serving in found.operators if serving.device == kind})
+    versions = {name: version for name, version in found.versions.items() if version}
+    return {
+        **found.machine,
+        "device": kind,
+        "operator backend": ", ".join(backends),
+        **versions,
+    }
+
+
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:

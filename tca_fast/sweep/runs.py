@@ -8,20 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tca_fast.bridging.streams import load_adapted, load_model, load_tokenizer
 from tca_fast.config import TrainConfig
 from tca_fast.durable import Replacement
 from tca_fast.errors import UserError
-from tca_fast.evaluation.faithfulness import Faithfulness, measure_faithfulness
-from tca_fast.training.batches import collate, pad_token_id
+from tca_fast.evaluation.faithfulness import Faithfulness
+from tca_fast.held_out.measure import measure_adapter
 from tca_fast.training.checkpoints import checkpoints
-from tca_fast.training.data import Encoded, Encoder, open_corpus
+from tca_fast.training.data import open_corpus
 from tca_fast.training.origin import ORIGIN_NAME
-from tca_fast.training.run import resolve_device, train
+from tca_fast.training.run import train
 
 POINT_NAME = "point.json"
-# Of one forward, padding included: both models' logits are there at once.
-_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -137,38 +134,8 @@ def measure(config: TrainConfig, num_samples: int) -> Point:
     Raises:
         UserError: adapters or data that cannot be read.
     """
-    pair, device = config.pair, str(resolve_device(config.run.device))
-    target = load_model("pair.target", pair.target, pair.target_revision, pair, device).eval()
-    adapted = load_adapted(
-        Path(config.run.output_dir) / "adapter",
-        base=pair.base,
-        target=pair.target,
-        dtype=pair.dtype,
-        device=device,
-    )
-    found = measure_faithfulness(adapted.model, target, _batches(config, num_samples))
-    return _point(config, found)
-
-
-def _batches(config: TrainConfig, num_samples: int) -> list[Any]:
-    tokenizer = load_tokenizer(config.pair.target, config.pair.target_revision)
-    encoder = Encoder(tokenizer, config.data, "data.validation")
-    corpus = open_corpus(str(config.data.validation), "data.validation", config.data.bad_lines)
-    count = min(num_samples, len(corpus))
-    encoded = [encoder.encode(corpus.conversation(index)) for index in range(count)]
-    pad, on_prompt = pad_token_id(tokenizer), config.data.loss_on_prompt
-    return [collate(some, pad, on_prompt)[:3] for some in _groups(encoded)]
-
-
-def _groups(sequences: Sequence[Encoded]) -> list[list[Encoded]]:
-    """Sequences in their order, as many together as `_BATCH_TOKENS` allow, at least one."""
-    groups: list[list[Encoded]] = [[]]
-    for sequence in sequences:
-        together = [*groups[-1], sequence]
-        if len(together) * max(len(one.ids) for one in together) > _BATCH_TOKENS and groups[-1]:
-            groups.append([])
-        groups[-1].append(sequence)
-    return groups
+    adapter = Path(config.run.output_dir) / "adapter"
+    return _point(config, measure_adapter(config, adapter, num_samples))
 
 
 def _point(config: TrainConfig, found: Faithfulness) -> Point:

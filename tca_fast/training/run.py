@@ -210,7 +210,7 @@ def _read_data(config: TrainConfig, num_ranks: int, show_progress: bool) -> _Dat
     padded = (
         None if config.run.is_packed else BatchPlan.from_config(config.run, len(train), num_ranks)
     )
-    tokenizer = _tokenizer(config)
+    tokenizer = target_tokenizer(config)
     encoders = {name: Encoder(tokenizer, config.data, f"data.{name}") for name in corpora}
     if padded is None:
         directory = cache_directory(config.data.cache_dir)
@@ -255,7 +255,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+def target_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that a run reads its data with, the target's.
+
+    Raises:
+        UserError: the target has none.
+    """
     pair = config.pair
     tokenizer = load_tokenizer(pair.target, pair.target_revision)
     if tokenizer is None:
