@@ -22,7 +22,7 @@ from tca_fast.pages.document import document, folded
 FIGURES_NAME = "faithfulness.json"
 PAGE_NAME = "faithfulness.html"
 
-_CSS = ".charts { grid-template-columns: repeat(2, 1fr); }"
+_CSS = "@media (min-width: 861px) { .charts { grid-template-columns: repeat(2, 1fr); } }"
 
 
 @dataclass(frozen=True, slots=True)
