@@ -283,17 +283,16 @@ def test_a_run_that_is_not_done(run, evaluate, tmp_path):
         pytest.param(["{root}/base"], "neither a run .* nor adapters", id="a model"),
         pytest.param(["{run}", "--data", "no.jsonl"], "--data: no.jsonl does not exist", id="file"),
         pytest.param(["{run}", "data.validation=null"], "--data", id="no validation file"),
-        pytest.param(["{run}", "pair.target=gone"], "pair.target: 'gone' cannot be", id="model"),
+        pytest.param(
+            ["{run}", "pair.target={root}/gone"], "pair.target: .*/gone' cannot be", id="model"
+        ),
         pytest.param(["{run}", "pair.base={root}/target"], "fingerprint", id="another model"),
         pytest.param(["{run}", "pair.backbone=base"], "fingerprint", id="another backbone"),
         pytest.param(["{run}", "objective.l1_weight=1"], "changes nothing", id="no effect"),
         pytest.param(["{run}", "data.form=chat"], "did you mean 'format'", id="unknown key"),
     ],
 )
-def test_what_cannot_be_measured_is_one_line(
-    pair, run, evaluate, tmp_path, monkeypatch, arguments, complaint
-):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_what_cannot_be_measured_is_one_line(pair, run, evaluate, tmp_path, arguments, complaint):
     given = [text.format(root=pair, run=run) for text in arguments]
     status, printed = evaluate(*given, "--out", tmp_path / "out")
     assert status == 2 and not (tmp_path / "out").exists()
@@ -314,6 +313,13 @@ def test_too_little_memory_is_one_line(run, evaluate, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "measure_faithfulness", full)
     status, printed = evaluate(run, "--out", tmp_path, "--batch-tokens", 77)
     assert status == 2 and "--batch-tokens: 77 need more memory" in printed.err
+
+
+def test_figures_are_shown_where_they_cannot_be_written(run, evaluate, tmp_path):
+    (tmp_path / "file").touch()
+    status, printed = evaluate(run, "--out", tmp_path / "file", "--num-samples", 1)
+    assert status == 2 and "give a directory, not a file" in printed.err
+    assert "adapter " in printed.out and "wrote" not in printed.out
 
 
 def test_a_damaged_record_of_the_data_is_refused(run, tmp_path):

@@ -325,6 +325,13 @@ def load_model(
     return _load(field, name, revision, pair.dtype, pair.attn_implementation, device, place)
 
 
+def resolve_dtype(name: str, device: str) -> str:
+    """The dtype that `PairConfig.dtype` means on a device."""
+    if name != "auto":
+        return name
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
 def _load(
     field: str,
     name: str,
@@ -337,15 +344,13 @@ def _load(
     """As `load_model`; without an attention implementation transformers chooses one."""
     from transformers import AutoModelForCausalLM
 
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
     with placed_as_loaded(place):
         model = _read(
             field,
             AutoModelForCausalLM,
             name,
             revision,
-            dtype=getattr(torch, dtype),
+            dtype=getattr(torch, resolve_dtype(dtype, device)),
             attn_implementation=attn_implementation,
         )
     return model.to(device)

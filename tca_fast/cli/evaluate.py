@@ -64,22 +64,25 @@ def evaluate(
     from tca_fast.held_out.trained import doubts, find_trained
 
     console = Console(highlight=False)
-    trained = find_trained(run, data, overrides or [])
-    # Before the tokenizer, which a model that is not there lacks too.
-    check_models(trained.config.pair)
-    text = read_text(trained.config, num_samples, "data.validation" if data is None else "--data")
-    notes = doubts(trained, text)
-    for note in notes:
-        Console(stderr=True, soft_wrap=True).print(f"note: {note}", markup=False, style="yellow")
     logging.disable_progress_bar()
     try:
+        trained = find_trained(run, data, overrides or [])
+        # Before the tokenizer, which a model that is not there lacks too.
+        check_models(trained.config.pair)
+        field = "data.validation" if data is None else "--data"
+        text = read_text(trained.config, num_samples, field)
+        notes = doubts(trained, text)
+        for note in notes:
+            told = Console(stderr=True, soft_wrap=True)
+            told.print(f"note: {note}", markup=False, style="yellow")
         found = _measure(trained, text, batch_tokens)
         report = _report(run, trained, text, found, notes, batch_tokens)
+        # First, because the disk may be full.
+        _show(console, report)
         paths = write_faithfulness(report, out or run)
     except KeyboardInterrupt:
         console.print("Interrupted; nothing was written.")
         raise typer.Exit(130) from None
-    _show(console, report)
     for path in paths.values():
         console.print(f"wrote {path}", soft_wrap=True, markup=False)
 
@@ -110,6 +113,7 @@ def _report(
     notes: list[str],
     batch_tokens: int,
 ) -> FaithfulnessReport:
+    from tca_fast.bridging.streams import resolve_dtype
     from tca_fast.cli.env import environment
     from tca_fast.evaluation.faithfulness_report import FaithfulnessReport
     from tca_fast.training.origin import commit
@@ -127,6 +131,7 @@ def _report(
         settings={
             "pair": config.pair.model_dump(mode="json"),
             "device": device,
+            "dtype": resolve_dtype(config.pair.dtype, device),
             "batch_tokens": batch_tokens,
         },
         environment={**environment(device), "commit": commit() or "unknown"},
