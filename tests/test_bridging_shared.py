@@ -1,6 +1,9 @@
 """The shared step against the plain one: values, gradients, and what it does not run."""
 
 import collections
+import contextlib
+import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -12,9 +15,11 @@ from hypothesis import strategies as st
 from peak_memory import peak_bytes
 from tiny import SHAPE, batch, packed, randomise, tiny_llama, tiny_qwen2
 from torch import nn
+from zoo import make
 
 from tca_fast import AdapterConfig
 from tca_fast.architectures.structure import decoder_parts
+from tca_fast.bridging import head
 from tca_fast.bridging.golden import verify
 from tca_fast.bridging.plain import PlainObjective
 from tca_fast.bridging.shared import SharedObjective
@@ -274,3 +279,42 @@ def test_the_step_waits_for_the_device_once(monkeypatch, loss):
     objective(**inputs, cutoffs=[0, 1, 3]).loss.backward()
     assert waits == ["mask"]
     assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("backbone", ["target", "base"])
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma 2", "GPT-NeoX", "GPT-2", "Cohere"])
+def test_heads_in_parts_are_gathered_once_and_called_without_hooks(family, backbone, monkeypatch):
+    """Under ZeRO-3 every call of a module gathers its weights, and heads are called by chunks."""
+    base, target = (make(family, seed) for seed in (1, 2))
+    streams = build_streams(base, target, AdapterConfig(num_features=19), backbone=backbone)
+    randomise(streams.adapted)
+    monkeypatch.setattr(head, "_LEAST_CHUNK_BYTES", 1)
+
+    def evaluate():
+        output = SharedObjective(streams, ObjectiveConfig())(**batch(), cutoffs=[1])
+        gradients = torch.autograd.grad(output.loss, [*streams.adapted.parameters()])
+        return output.loss, *output.metrics.values(), *gradients
+
+    expected = evaluate()
+    gathered, called = [], []
+
+    @contextlib.contextmanager
+    def gather(weights):
+        gathered.append({id(weight) for weight in weights})
+        yield
+        gathered.append("released")
+
+    zero = types.SimpleNamespace(GatheredParameters=gather)
+    monkeypatch.setitem(sys.modules, "deepspeed", types.SimpleNamespace(zero=zero))
+    weights = set()
+    for model in (streams.reference, streams.adapted.model):
+        parts = decoder_parts(model)
+        for module in (parts.final_norm, parts.head):
+            module.register_forward_pre_hook(lambda *_: called.append("before"))
+            module.register_full_backward_hook(lambda *_: called.append("backward"))
+            weights |= {id(weight) for weight in module.parameters()}
+            for weight in module.parameters():
+                weight.ds_id = 0
+    for found, value in zip(evaluate(), expected, strict=True):
+        assert torch.equal(found, value)
+    assert gathered == [weights, "released"] and not called

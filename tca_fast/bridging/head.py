@@ -14,7 +14,7 @@ Shapes: T tokens, B sequences, S positions, D model width, V vocabulary, N stude
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -71,8 +71,6 @@ def distances(
     students: Sequence[Readout],
     labels_BS: Tensor,
     loss: Literal["kl", "lm"] = "kl",
-    *,
-    is_partitioned: bool = False,
 ) -> Distances:
     """KL and LM loss of several students against one teacher, without ever holding logits [T, V].
 
@@ -85,14 +83,11 @@ def distances(
         students: models under training, whose states may require gradients.
         labels_BS: labels that say which positions count.
         loss: which of the two is differentiable; the other is a figure only.
-        is_partitioned: ranks gather the heads' weights at every call (ZeRO-3), so that all have to
-            make as many calls, whatever lengths their batches have.
     """
     differentiable = loss if torch.is_grad_enabled() else None
     heads = [student.head for student in students]
     states = [student.states for student in students]
-    chunks = _chunks(labels_BS, teacher.head.vocab_size, is_partitioned=is_partitioned)
-    return Distances(*_ChunkedDistances.apply(teacher, heads, chunks, differentiable, *states))
+    return Distances(*_ChunkedDistances.apply(teacher, heads, labels_BS, differentiable, *states))
 
 
 class _ChunkedDistances(torch.autograd.Function):
@@ -101,7 +96,7 @@ class _ChunkedDistances(torch.autograd.Function):
         ctx: Any,
         teacher: Readout,
         heads: Sequence[Head],
-        chunks: Iterable[_Chunk],
+        labels_BS: Tensor,
         loss: Literal["kl", "lm"] | None,
         *states_BSD: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -111,7 +106,7 @@ class _ChunkedDistances(torch.autograd.Function):
             for state, want in zip(states_BSD, wanted, strict=True)
         ]
         sums = []
-        for chunk in chunks:
+        for chunk in _chunks(labels_BS, teacher.head.vocab_size):
             target = _Target(chunk, teacher)
             of_students = [
                 target.distances(Readout(state, head), loss, gradient)
@@ -165,15 +160,13 @@ class _Chunk(NamedTuple):
         return self.sum(-log_probabilities.gather(1, self.next_tokens).squeeze(1))
 
 
-def _chunks(labels_BS: Tensor, vocab_size: int, *, is_partitioned: bool) -> Iterator[_Chunk]:
+def _chunks(labels_BS: Tensor, vocab_size: int) -> Iterator[_Chunk]:
     next_labels = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
     counted = next_labels != IGNORED_LABEL
     positions = _positions(counted)
     least = _LEAST_CHUNK_BYTES // (4 * vocab_size)
     size = max(-(-len(positions) // _NUM_CHUNKS), least, 1)
-    # Into a fixed number, some of them empty where there are few positions; or by size.
-    parts = positions.tensor_split(_NUM_CHUNKS) if is_partitioned else positions.split(size)
-    for part in parts:
+    for part in positions.split(size):
         yield _Chunk(part, next_labels[part].clamp(min=0).unsqueeze(1), counted[part])
 
 

@@ -9,7 +9,9 @@ Shapes: T tokens, B sequences, S positions, D model width, V vocabulary.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,6 +25,9 @@ from tca_fast.bridging.streams import copy_container
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 class LayerCall(NamedTuple):
@@ -48,7 +53,7 @@ class PartialRunner:
     """A causal language model that can be run in parts.
 
     All modules are those of the model and are called as modules, so hooks of any kind (ZeRO-3
-    gathers weights by them) work as in a whole pass.
+    gathers weights by them) work as in a whole pass; but see `whole_heads`.
 
     Attributes:
         vocab_size: V.
@@ -103,6 +108,8 @@ class PartialRunner:
 
         Args:
             states_TD: residual states h_L (before the final norm) of any tokens.
+
+        Weights in parts have to be whole, see `whole_heads`.
         """
         head = self._without_layers()
         return head(inputs_embeds=states_TD.unsqueeze(0), use_cache=False).logits.squeeze(0)
@@ -116,11 +123,10 @@ class PartialRunner:
         ours, theirs = self._parts, other._parts
         return _same_tensors([ours.final_norm, ours.head], [theirs.final_norm, theirs.head])
 
-    @property
-    def has_partitioned_head(self) -> bool:
-        """Whether norm and head are in parts (ZeRO-3), which all ranks gather at every call."""
+    def head_in_parts(self) -> list[nn.Parameter]:
+        """Weights of norm and head of which every rank has a part (ZeRO-3)."""
         weights = [*self._parts.final_norm.parameters(), *self._parts.head.parameters()]
-        return any(hasattr(weight, "ds_id") for weight in weights)
+        return [weight for weight in weights if hasattr(weight, "ds_id")]
 
     def _call(self, layer: nn.Module, state_BSD: Tensor, call: LayerCall) -> Any:
         if not (self._is_checkpointed and torch.is_grad_enabled()):
@@ -147,7 +153,31 @@ class PartialRunner:
             container._modules[name] = copy_container(container.get_submodule(name))
             container = container.get_submodule(name)
         container._modules[decoder_name] = _NormAsDecoder(self._parts.final_norm)
-        return model
+        return _without_hooks(model) if self.head_in_parts() else model
+
+
+def whole_heads(runners: Iterable[PartialRunner]) -> AbstractContextManager[Any]:
+    """For a block that calls `logits`: norms and heads that are in parts are gathered, once.
+
+    ZeRO-3 gathers weights at every call of a module otherwise, and the head is called for every
+    chunk of tokens: as often on every rank only if all have batches of the same lengths.
+    """
+    weights = {id(weight): weight for runner in runners for weight in runner.head_in_parts()}
+    if not weights:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([*weights.values()])
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """The same weights, called by nothing but the module's own forward."""
+    bare = copy_container(module)
+    for hooks in _HOOKS:
+        setattr(bare, hooks, OrderedDict())
+    for name, child in bare._modules.items():
+        bare._modules[name] = _without_hooks(child)
+    return bare
 
 
 class _RecordedLayer(nn.Module):

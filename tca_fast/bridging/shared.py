@@ -18,7 +18,7 @@ from tca_fast.bridging import head
 from tca_fast.bridging.head import Distances, Readout
 from tca_fast.bridging.inputs import Inputs
 from tca_fast.bridging.objective import BridgingObjective, Passes
-from tca_fast.bridging.partial import PartialRunner, Trace
+from tca_fast.bridging.partial import PartialRunner, Trace, whole_heads
 from tca_fast.bridging.streams import Streams
 from tca_fast.sparsity import record
 
@@ -100,10 +100,5 @@ class SharedObjective(BridgingObjective):
     def _distances(
         self, teacher: Readout, students: Sequence[Readout], labels: Tensor
     ) -> Distances:
-        return head.distances(
-            teacher,
-            students,
-            labels,
-            self.config.loss,
-            is_partitioned=self._reference.has_partitioned_head,
-        )
+        with whole_heads([self._reference, self._adapter]):
+            return head.distances(teacher, students, labels, self.config.loss)
