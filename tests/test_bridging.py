@@ -87,6 +87,15 @@ def test_a_pair_that_does_not_fit_is_refused_with_both_values(field, value):
     assert "\n" not in str(error.value)
 
 
+def test_one_object_cannot_be_the_adapted_and_the_reference_stream():
+    model = tiny_qwen2()
+    with pytest.raises(UserError, match="one object"):
+        build_streams(model, model, CONFIG, backbone="base")
+    streams = build_streams(model, model, CONFIG)
+    randomise(streams.adapted)
+    assert not torch.equal(*(m(**batch()).logits for m in (streams.adapted.model, model)))
+
+
 def test_windows_must_be_equal_where_each_model_has_its_own_attention():
     base, target = (MistralConfig(**SHAPE, sliding_window=window) for window in (4, None))
     check_pair(base, target)

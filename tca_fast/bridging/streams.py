@@ -97,6 +97,11 @@ def build_backbone(
     """
     check_pair(base.config, target.config, backbone=backbone, accept=accept)
     if backbone == "base":
+        if base is target:
+            raise UserError(
+                "pair: base and target are one object, so that adapters in the base would be in "
+                "the target as well; load the model twice"
+            )
         _end_like(base, target)
         return base.eval()
     hybrid = share_parameters(target)
