@@ -19,8 +19,10 @@ _FOLDERS = [ROOT / "csrc", ROOT / "csrc/cuda", ROOT / "tests/cuda_emulation"]
 _TORCH = Path(torch.__file__).parent
 COMPILER = os.environ.get("CXX", "c++")
 # Undefined behaviour, such as a shift by 32, is an illegal instruction, which the emulator reports.
+# Every access to memory is a call, which the emulator answers: the thread sanitizer is not linked.
 _FLAGS = [
-    "-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
+    "-std=c++20", "-O1", "-g", "-fPIC", "-fsanitize=thread", "-fno-threadsafe-statics",
+    "-ftrivial-auto-var-init=pattern", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE",
     "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", "-fno-sanitize=vptr",
 ]  # fmt: skip
 
@@ -41,11 +43,15 @@ def built(source: str, *flags: str) -> Path:
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")
-        command += [str(ROOT / "tests/cuda_emulation" / source), "-o", str(unfinished)]
-        command += [f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"{source} does not compile:\n{run.stderr}")
+        compiled = f"{unfinished}.o"
+        command += ["-c", str(ROOT / "tests/cuda_emulation" / source), "-o", compiled]
+        link = [*COMPILER.split(), "-shared", compiled, "-o", str(unfinished)]
+        link += [f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
+        for arguments in command, link:
+            run = subprocess.run(arguments, capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(f"{source} does not compile:\n{run.stderr}")
+        Path(compiled).unlink()
         unfinished.rename(library)
     return library
 

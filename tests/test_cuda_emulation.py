@@ -1,5 +1,8 @@
 """The emulator of CUDA itself: it runs a right kernel, and finds what is wrong with wrong ones."""
 
+import ctypes
+from contextlib import nullcontext
+
 import pytest
 import torch
 from emulated import Library, has_compiler
@@ -28,16 +31,32 @@ def test_a_right_kernel_gives_the_right_numbers(faults, values, out):
 
 
 def test_a_missing_barrier_shows(faults, values, out):
-    faults.call("run_reverse", values, out, 0, 0)
-    assert (out == -1).any()  # read before it was written
+    with pytest.raises(RuntimeError, match="not written|without a barrier"):
+        faults.call("run_reverse", values, out, 0, 0)
 
 
 def test_a_buffer_that_is_written_over_too_early_shows(faults, out):
     expected = [64 * number for number in range(20)]
     faults.call("run_rounds", out, 2)
     assert out[:20].tolist() == expected
-    faults.call("run_rounds", out, 1)
-    assert out[:20].tolist() != expected
+    with pytest.raises(RuntimeError, match=r"without a barrier between them.*shared.*faults\.cpp"):
+        faults.call("run_rounds", out, 1)
+
+
+def test_a_shuffle_orders_no_memory(faults, out):
+    faults.call("run_neighbours", out, 1)
+    assert out[:64].tolist() == [lane ^ 1 for lane in range(64)]
+    with pytest.raises(RuntimeError, match="not written|without a barrier"):
+        faults.call("run_neighbours", out, 0)
+
+
+@pytest.mark.parametrize(
+    ("what", "fails"), [("number", True), ("the same", False), ("sum", False), ("neighbour", True)]
+)
+def test_what_blocks_do_to_the_same_place(faults, what, fails):
+    out = faults.guarded(torch.arange(4, dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="of another block") if fails else nullcontext():
+        faults.call("run_blocks", out, ["number", "the same", "sum", "neighbour"].index(what))
 
 
 def test_a_barrier_that_one_thread_never_reaches(faults, values, out):
@@ -72,9 +91,19 @@ def test_dynamic_shared_memory_has_its_size(faults, values, out):
         faults.call("run_sums_without_room", values, out)
 
 
-def test_a_write_into_the_gap_behind_a_buffer(faults):
+@pytest.mark.parametrize("at", [3, -1])
+@pytest.mark.parametrize("entry", ["run_beyond", "run_read_beyond"])
+def test_access_to_the_gap_around_a_buffer(faults, entry, at):
+    """Pages without access are a few bytes further away."""
     out = faults.empty(3, dtype=torch.int32)
-    faults.call("run_beyond", out, 3)
+    arguments = (out, at) if entry == "run_beyond" else (out, out, at)
+    with pytest.raises(RuntimeError, match="4 bytes out of bounds, .* of a buffer of 12"):
+        faults.call(entry, *arguments)
+
+
+def test_a_write_of_the_host_into_the_gap_behind_a_buffer(faults):
+    out = faults.empty(3, dtype=torch.int32)
+    ctypes.memset(out.data_ptr() + 12, 0, 1)
     del out
     assert "behind a buffer of 12 bytes" in faults.damage()
     assert faults.damage() is None
@@ -93,10 +122,10 @@ def test_a_misaligned_vector(faults, values, out):
         faults.call("run_misaligned", values[1:], out)
 
 
-def test_shared_memory_starts_as_nan(faults):
+def test_shared_memory_that_was_not_written(faults):
     out = faults.guarded(torch.zeros(1))
-    faults.call("run_not_written", out)
-    assert out.isnan().all()
+    with pytest.raises(RuntimeError, match="shared memory that was not written"):
+        faults.call("run_not_written", out)
 
 
 def test_launches_that_no_device_takes(faults, out):

@@ -100,7 +100,7 @@ inline int __syncthreads_or(int predicate, EMULATED_CALL) {
   return emulation::device().block_barrier(predicate, {"__syncthreads_or", file, line}) != 0;
 }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFF, EMULATED_CALL) {
-  emulation::device().exchange(mask, 0, {"__syncwarp", file, line});
+  emulation::device().exchange(mask, 0, {"__syncwarp", file, line}, true);
 }
 
 template <typename T>
@@ -162,18 +162,25 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value, EMULATED_CALL) {
 }
 
 // Blocks run one after another and a fiber is not interrupted, so these are plain operations.
-template <typename T>
-T atomicAdd(T* address, T value) {
+#define EMULATED_ATOMIC template <typename T> __attribute__((no_sanitize("thread"))) T
+EMULATED_ATOMIC atomicAdd(T* address, T value) {
   static_assert(std::is_integral_v<T>, "sums of floating-point numbers depend on the order");
-  return std::exchange(*address, static_cast<T>(std::make_unsigned_t<T>(*address) + value));
+  emulated_access(address, sizeof(T), emulation::Kind::atomic);
+  const T before = *address;
+  *address = static_cast<T>(std::make_unsigned_t<T>(before) + value);
+  return before;
 }
-template <typename T>
-T atomicOr(T* address, T value) {
-  return std::exchange(*address, *address | value);
+EMULATED_ATOMIC atomicOr(T* address, T value) {
+  emulated_access(address, sizeof(T), emulation::Kind::atomic);
+  const T before = *address;
+  *address = before | value;
+  return before;
 }
-template <typename T>
-T atomicMax(T* address, T value) {
-  return std::exchange(*address, std::max(*address, value));
+EMULATED_ATOMIC atomicMax(T* address, T value) {
+  emulated_access(address, sizeof(T), emulation::Kind::atomic);
+  const T before = *address;
+  *address = before < value ? value : before;
+  return before;
 }
 inline void __threadfence() {}
 
@@ -190,11 +197,16 @@ inline std::map<const Fiber*, std::vector<std::vector<Copy>>>& copies() {
   static std::map<const Fiber*, std::vector<std::vector<Copy>>> copies;
   return copies;
 }
+inline void copied(void* to, const void* from, size_t bytes) {
+  emulated_access(from, bytes, Kind::read);
+  emulated_access(to, bytes, Kind::write);
+}
 }  // namespace emulation
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
   emulation::check_aligned(to, bytes);
   emulation::check_aligned(from, bytes);
+  emulation::copied(to, from, bytes);
   static std::minstd_rand random;
   if (random() % 2) {
     std::memcpy(to, from, bytes);
@@ -213,6 +225,7 @@ inline void __pipeline_wait_prior(size_t pending) {
   auto& groups = emulation::copies()[emulation::device().current];
   while (groups.size() > pending + 1) {
     for (const emulation::Copy& copy : groups.front()) {
+      emulation::copied(copy.to, copy.from, copy.bytes);
       std::memcpy(copy.to, copy.from, copy.bytes);
     }
     groups.erase(groups.begin());

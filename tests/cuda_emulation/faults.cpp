@@ -77,6 +77,35 @@ __global__ void not_written(float* out) {
   out[0] = values[0];
 }
 
+// out[i] = the number of the next lane, through shared memory: only __syncwarp orders that.
+__global__ void neighbours(int* out, bool with_barrier) {
+  SHARED_ARRAY(int, values, 64);
+  values[threadIdx.x] = threadIdx.x;
+  if (with_barrier) {
+    __syncwarp();
+  } else {
+    __shfl_sync(kAllLanes, 0, 0);
+  }
+  out[threadIdx.x] = values[threadIdx.x ^ 1];
+}
+
+// Every block writes to the same place: its number, or the same; or adds to it, or reads what its
+// neighbour writes.
+__global__ void blocks(int* out, int what) {
+  const int block = blockIdx.x;
+  if (what == 0) {
+    out[0] = block;
+  } else if (what == 1) {
+    out[0] = 7;
+  } else if (what == 2) {
+    atomicAdd(out, 1);
+  } else {
+    out[block] = out[block ^ 1];
+  }
+}
+
+__global__ void read_beyond(const int* in, int* out, int64_t at) { out[0] = in[at]; }
+
 }  // namespace faults
 
 using namespace faults;
@@ -113,4 +142,13 @@ ENTRY const char* run_too_large() {
 }
 ENTRY const char* run_empty(int* out) {
   return reported([=] { launch(beyond, 0, 1, 0, nullptr, out, 0); });
+}
+ENTRY const char* run_neighbours(int* out, int64_t barrier) {
+  return reported([=] { launch(neighbours, 1, 64, 0, nullptr, out, barrier); });
+}
+ENTRY const char* run_blocks(int* out, int64_t what) {
+  return reported([=] { launch(blocks, 4, 1, 0, nullptr, out, what); });
+}
+ENTRY const char* run_read_beyond(const int* in, int* out, int64_t at) {
+  return reported([=] { launch(read_beyond, 1, 1, 0, nullptr, in, out, at); });
 }

@@ -13,6 +13,7 @@
 #include <dlfcn.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <functional>
@@ -37,7 +38,7 @@ struct dim3 {
 
 namespace emulation {
 
-constexpr unsigned kWarp = 32, kMostThreads = 1024;
+constexpr unsigned kMostThreads = 1024;
 constexpr size_t kStackBytes = 256 << 10, kMostStatic = 48 << 10, kMostShared = 227 << 10;
 
 // A line of a kernel's source where its threads meet.
@@ -52,7 +53,7 @@ struct Place {
   }
 };
 
-enum class State { ready, at_block_barrier, at_warp_barrier, ended };
+enum class State { ready, at_block_barrier, at_warp_exchange, at_warp_barrier, ended };
 
 struct Fiber {
   ucontext_t start;
@@ -65,7 +66,11 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t given = 0;
   std::array<uint64_t, kWarp> received{};  // by lane
+  std::array<uint16_t, kWarp> synced{};    // see Moment
 };
+
+// Whether accesses are a kernel's: not the host's, and not the emulator's while it looks at one.
+inline bool is_watching = false;
 
 class Device {
  public:
@@ -77,22 +82,20 @@ class Device {
       void* kernel, dim3 grid_, dim3 block_, size_t dynamic_bytes, std::function<void()> body) {
     grid = grid_, block = block_, kernel_ = kernel, body_ = std::move(body);
     check_limits(dynamic_bytes);
-    dynamic_ = guarded_memory().allocate(dynamic_bytes), dynamic_bytes_ = dynamic_bytes;
+    dynamic_ = allocate_shared(dynamic_bytes), dynamic_bytes_ = dynamic_bytes;
     // A fiber left in the middle of a kernel that failed starts anew.
     while (fibers_.size() < block.count()) {
       fibers_.push_back(make_fiber());
     }
     catch_signals();
-    std::vector<size_t> order(grid.count());
-    for (size_t i = 0; i < order.size(); ++i) {
-      order[i] = i;
-      std::swap(order[i], order[random_() % (i + 1)]);
-    }
-    for (size_t i = 0; i < order.size() && failure_.empty(); ++i) {
+    first_of_launch_ = interval_ + 1;
+    const std::vector<size_t> blocks = in_order(grid.count());
+    for (size_t i = 0; i < blocks.size() && failure_.empty(); ++i) {
       const size_t plane = size_t{1} * grid.x * grid.y;
       block_index = {
-          static_cast<unsigned>(order[i] % grid.x), static_cast<unsigned>(order[i] / grid.x % grid.y),
-          static_cast<unsigned>(order[i] / plane)};
+          static_cast<unsigned>(blocks[i] % grid.x),
+          static_cast<unsigned>(blocks[i] / grid.x % grid.y),
+          static_cast<unsigned>(blocks[i] / plane)};
       run_block();
     }
     release_signals();
@@ -110,13 +113,14 @@ class Device {
   }
 
   // What the fiber's warp gave, by lane; waits until every lane of the mask has given something.
-  const std::array<uint64_t, kWarp>& exchange(unsigned mask, uint64_t value, Place place) {
+  const std::array<uint64_t, kWarp>& exchange(
+      unsigned mask, uint64_t value, Place place, bool orders_memory = false) {
     Fiber& fiber = *current;
     if (!(mask >> (fiber.number % kWarp) & 1)) {
       fail("thread " + std::to_string(fiber.number) + " is not in the mask of " + place.text());
     }
     fiber.mask = mask, fiber.given = value;
-    wait(State::at_warp_barrier, place);
+    wait(orders_memory ? State::at_warp_barrier : State::at_warp_exchange, place);
     return current->received;
   }
 
@@ -134,13 +138,22 @@ class Device {
       if (static_bytes_ > kMostStatic) {
         fail("more than 48 KiB of shared arrays");
       }
-      found = shared_.emplace(tag, std::pair{guarded_memory().allocate(bytes), bytes}).first;
+      found = shared_.emplace(tag, std::pair{allocate_shared(bytes), bytes}).first;
     }
     return found->second.first;
   }
   void* dynamic_shared() const { return dynamic_; }
 
+  // A kernel reads or writes, at once after this.
+  void access(const void* address, size_t size, Kind kind) {
+    if (size > 0 && !is_on_stack(address)) {
+      look(static_cast<const char*>(address), size, kind);
+    }
+  }
+
   [[noreturn]] void fail(const std::string& what) {
+    is_watching = false;
+    doubtful_.clear();
     failure_ = what + " (block " + text(block_index) + ", thread " +
                (current ? text(current->thread) : "none") + ", after " +
                (current ? current->place.text() : "none") + ")";
@@ -154,6 +167,13 @@ class Device {
   std::map<const void*, std::pair<void*, size_t>> shared_;
   void* dynamic_ = nullptr;
   size_t dynamic_bytes_ = 0, static_bytes_ = 0;
+  uint32_t interval_ = 0, first_of_launch_ = 0, first_of_block_ = 0;
+  // Writes that nothing orders with another thread's access, harmless if the bytes stay the same.
+  struct Doubtful {
+    const char* address;
+    std::string before, message;
+  };
+  std::vector<Doubtful> doubtful_;
   std::string failure_;
   jmp_buf scheduler_;
   std::mt19937 random_{static_cast<unsigned>(
@@ -177,7 +197,23 @@ class Device {
         ++warp;
       }
       std::vector<Fiber*>& fibers = warps[warp % warps.size()];
-      std::swap(fibers[choice % fibers.size()], fibers.back());
+      return take_from(fibers, fibers.begin() + choice % fibers.size());
+    }
+    // That with the lowest number, or the highest.
+    Fiber* take_outermost(bool highest, size_t num_warps) {
+      size_t warp = highest ? num_warps - 1 : 0;
+      while (warps[warp].empty()) {
+        warp += highest ? -1 : 1;
+      }
+      const auto [lowest, last] = std::minmax_element(
+          warps[warp].begin(), warps[warp].end(),
+          [](const Fiber* a, const Fiber* b) { return a->number < b->number; });
+      return take_from(warps[warp], highest ? last : lowest);
+    }
+
+   private:
+    Fiber* take_from(std::vector<Fiber*>& fibers, std::vector<Fiber*>::iterator at) {
+      std::swap(*at, fibers.back());
       Fiber* fiber = fibers.back();
       fibers.pop_back();
       --count;
@@ -185,9 +221,37 @@ class Device {
     }
   };
 
+  // "ascending" and "descending" run blocks, and the threads that can run, by number; else at random.
+  const std::string order_ =
+      std::getenv("CUDA_EMULATION_ORDER") ? std::getenv("CUDA_EMULATION_ORDER") : "random";
+
+  std::vector<size_t> in_order(size_t count) {
+    std::vector<size_t> order(count);
+    for (size_t i = 0; i < count; ++i) {
+      order[i] = order_ == "descending" ? count - 1 - i : i;
+      if (order_ == "random") {
+        std::swap(order[i], order[random_() % (i + 1)]);
+      }
+    }
+    return order;
+  }
+
+  Fiber* next(Ready& ready, unsigned leader, unsigned num_warps) {
+    if (order_ == "random") {
+      return ready.take(random_() % 16 ? leader : random_() % num_warps, random_());
+    }
+    return ready.take_outermost(order_ == "descending", num_warps);
+  }
+
   static std::string text(uint3 index) {
     return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
            std::to_string(index.z) + ")";
+  }
+
+  static void* allocate_shared(size_t bytes) {
+    void* memory = guarded_memory().allocate(bytes);
+    guarded_memory().find(memory)->is_shared = true;
+    return memory;
   }
 
   std::string name() const {
@@ -210,6 +274,7 @@ class Device {
   }
 
   void run_block() {
+    first_of_block_ = ++interval_;
     std::memset(dynamic_, kPoison, dynamic_bytes_);
     static_bytes_ = 0;
     for (const auto& [tag, memory] : shared_) {
@@ -222,20 +287,22 @@ class Device {
       Fiber& fiber = *fibers_[i];
       fiber.state = State::ready, fiber.number = i, fiber.place = {"the start", "", 0};
       fiber.thread = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+      fiber.synced.fill(0);
+      fiber.synced[i % kWarp] = 1;
       ready.add(&fiber);
     }
     const unsigned num_warps = (count + kWarp - 1) / kWarp;
     unsigned ended = 0, leader = random_() % num_warps;
     while (ready.count > 0) {
-      Fiber& fiber = *ready.take(random_() % 16 ? leader : random_() % num_warps, random_());
+      Fiber& fiber = *next(ready, leader, num_warps);
       resume(fiber);
       if (!failure_.empty()) {
         return;
       }
       ended += fiber.state == State::ended;
       const std::vector<Fiber*> met = fiber.state == State::at_block_barrier  ? met_in_block(count)
-                                      : fiber.state == State::at_warp_barrier ? met_in_warp(fiber)
-                                                                              : std::vector<Fiber*>();
+                                      : fiber.state == State::ended ? std::vector<Fiber*>()
+                                                                    : met_in_warp(fiber);
       leader = met.size() == count ? random_() % num_warps : leader;
       for (Fiber* each : met) {
         ready.add(each);
@@ -254,6 +321,7 @@ class Device {
       }
       total += fibers_[i]->given;
     }
+    ++interval_;
     for (unsigned i = 0; i < count; ++i) {
       fibers_[i]->received[0] = total, fibers_[i]->state = State::ready;
     }
@@ -272,17 +340,34 @@ class Device {
         return {};
       }
       Fiber& fiber = *fibers_[first + lane];
-      if (fiber.state != State::at_warp_barrier || fiber.mask != last.mask ||
+      if (fiber.state != last.state || fiber.mask != last.mask ||
           fiber.place != last.place) {
         return {};
       }
       given[lane] = fiber.given;
       met.push_back(&fiber);
     }
+    if (last.state == State::at_warp_barrier) {
+      order(met);
+    }
     for (Fiber* fiber : met) {
       fiber->received = given, fiber->state = State::ready;
     }
     return met;
+  }
+
+  // What each of the lanes did so far is known to all of them.
+  static void order(const std::vector<Fiber*>& lanes) {
+    std::array<uint16_t, kWarp> known{};
+    for (const Fiber* fiber : lanes) {
+      for (unsigned lane = 0; lane < kWarp; ++lane) {
+        known[lane] = std::max(known[lane], fiber->synced[lane]);
+      }
+    }
+    for (Fiber* fiber : lanes) {
+      fiber->synced = known;
+      ++fiber->synced[fiber->number % kWarp];
+    }
   }
 
   void describe_deadlock(unsigned count) {
@@ -301,12 +386,14 @@ class Device {
   }
 
   void wait(State state, Place place) {
+    check_doubtful();
     current->state = state, current->place = place;
     pause();
   }
 
   __attribute__((noinline)) void resume(Fiber& fiber) {
     current = &fiber;
+    is_watching = true;
     if (_setjmp(scheduler_) == 0) {
       if (fiber.started) {
         _longjmp(fiber.paused, 1);
@@ -314,12 +401,61 @@ class Device {
       fiber.started = true;
       setcontext(&fiber.start);
     }
+    is_watching = false;
     current = nullptr;
   }
 
   __attribute__((noinline)) void pause() {
     if (_setjmp(current->paused) == 0) {
       _longjmp(scheduler_, 1);
+    }
+  }
+
+  bool is_on_stack(const void* address) const {
+    const auto* stack = static_cast<const char*>(current->start.uc_stack.ss_sp);
+    return stack <= address && address < stack + kStackBytes;
+  }
+
+  void look(const char* address, size_t size, Kind kind) {
+    Buffer* buffer = guarded_memory().find(address);
+    if (!buffer) {
+      return;  // the host's: arguments of the launch
+    }
+    const char* verb = kind == Kind::read ? "a read" : "a write";
+    if (address < buffer->begin || address + size > buffer->begin + buffer->size) {
+      fail(
+          std::string(verb) + " of " + std::to_string(size) + " bytes out of bounds, at " +
+          std::to_string(address - buffer->begin) + " of a buffer of " +
+          std::to_string(buffer->size));
+    }
+    const History::Found found = buffer->history->record(
+        address - buffer->begin, size, kind,
+        {buffer->is_shared ? first_of_block_ : first_of_launch_, first_of_block_, interval_,
+         current->number, current->synced});
+    if (buffer->is_shared && kind == Kind::read && !found.is_written_in_block) {
+      fail("a read of shared memory that was not written");
+    }
+    if (!found.is_unordered) {
+      return;
+    }
+    const std::string message =
+        std::string(verb) + ", and " + (found.other_wrote ? "a write" : "a read") + " by thread " +
+        std::to_string(found.other_thread) + (found.other_block ? " of another block" : "") +
+        ", without a barrier between them, at byte " + std::to_string(address - buffer->begin) +
+        " of a buffer of " + std::to_string(buffer->size) + (buffer->is_shared ? ", shared" : "");
+    if (kind == Kind::write) {
+      doubtful_.push_back({address, std::string(address, size), message});
+    } else {
+      fail(message);
+    }
+  }
+
+  // Before another thread runs.
+  void check_doubtful() {
+    for (const Doubtful& one : std::exchange(doubtful_, {})) {
+      if (std::memcmp(one.address, one.before.data(), one.before.size()) != 0) {
+        fail(one.message);
+      }
     }
   }
 
@@ -366,6 +502,7 @@ inline Device& device() {
 inline void Device::live() {
   for (;;) {
     device().body_();
+    device().check_doubtful();
     device().current->state = State::ended;
     device().pause();
   }
@@ -385,3 +522,44 @@ inline void Device::on_signal(int number, siginfo_t* info, void*) {
 }
 
 }  // namespace emulation
+
+// The calls that -fsanitize=thread puts in front of every access; the sanitizer's own library is not
+// linked. Hidden, so that each library calls its own.
+#define EMULATED_HOOK extern "C" inline __attribute__((used, visibility("hidden"), no_sanitize("thread")))
+EMULATED_HOOK void emulated_access(const void* address, size_t size, emulation::Kind kind) {
+  if (emulation::is_watching) {
+    emulation::is_watching = false;
+    emulation::device().access(address, size, kind);
+    emulation::is_watching = true;
+  }
+}
+#define EMULATED_ACCESS(operation, size)                                 \
+  EMULATED_HOOK void __tsan_##operation##size(void* address) {           \
+    emulated_access(address, size, emulation::Kind::operation);          \
+  }                                                                      \
+  EMULATED_HOOK void __tsan_unaligned_##operation##size(void* address) { \
+    emulated_access(address, size, emulation::Kind::operation);          \
+  }
+#define EMULATED_ACCESSES(size) \
+  EMULATED_ACCESS(read, size)   \
+  EMULATED_ACCESS(write, size)
+EMULATED_ACCESSES(1)
+EMULATED_ACCESSES(2)
+EMULATED_ACCESSES(4)
+EMULATED_ACCESSES(8)
+EMULATED_ACCESSES(16)
+EMULATED_HOOK void __tsan_read_range(void* address, size_t size) {
+  emulated_access(address, size, emulation::Kind::read);
+}
+EMULATED_HOOK void __tsan_write_range(void* address, size_t size) {
+  emulated_access(address, size, emulation::Kind::write);
+}
+EMULATED_HOOK void __tsan_init() {}
+EMULATED_HOOK void __tsan_func_entry(void*) {}
+EMULATED_HOOK void __tsan_func_exit() {}
+EMULATED_HOOK void __tsan_vptr_read(void*) {}
+EMULATED_HOOK void __tsan_vptr_update(void*, void*) {}
+// The host's counts of who holds a tensor.
+EMULATED_HOOK int __tsan_atomic32_fetch_add(volatile int* address, int value, int) {
+  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
+}

@@ -13,8 +13,11 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <new>
 #include <string>
+
+#include "accesses.h"
 
 namespace emulation {
 
@@ -27,42 +30,62 @@ struct Buffer {
   char* inner_end;     // the page behind it has none
   char* begin;
   size_t size;
+  std::unique_ptr<History> history;
+  bool is_shared = false;  // of a block
+
+  bool contains(const void* address) const {
+    const char* byte = static_cast<const char*>(address);
+    return pages <= byte && byte < pages + num_bytes;
+  }
 };
 
 struct GuardedMemory {
-  std::map<void*, Buffer> buffers;
-  std::string damage;  // what was written where nothing was allocated
+  std::map<const void*, Buffer> buffers;  // by their first page
+  std::string damage;                     // what was written where nothing was allocated
 
   void* allocate(size_t size) {
     const size_t page = sysconf(_SC_PAGESIZE), aligned = (size + 15) / 16 * 16;
-    const size_t inner = (aligned + page - 1) / page * page;
-    Buffer buffer{nullptr, inner + 2 * page, nullptr, nullptr, nullptr, size};
-    void* pages = mmap(
-        nullptr, buffer.num_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (pages == MAP_FAILED) {
+    const size_t inner = (aligned + page - 1) / page * page, num_bytes = inner + 2 * page;
+    void* memory = mmap(
+        nullptr, num_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
       throw std::bad_alloc();
     }
-    buffer.pages = static_cast<char*>(pages);
+    Buffer& buffer = buffers[memory];
+    buffer.pages = static_cast<char*>(memory), buffer.num_bytes = num_bytes;
     buffer.inner = buffer.pages + page;
     buffer.inner_end = buffer.inner + inner;
-    buffer.begin = buffer.inner_end - aligned;
+    buffer.begin = buffer.inner_end - aligned, buffer.size = size;
+    buffer.history = std::make_unique<History>(size);
     if (inner && mprotect(buffer.inner, inner, PROT_READ | PROT_WRITE) != 0) {
       throw std::bad_alloc();
     }
     std::memset(buffer.inner, kPoison, inner);
-    buffers[buffer.begin] = buffer;
     return buffer.begin;
   }
 
+  // The buffer whose pages have the address, those without access included, or null.
+  Buffer* find(const void* address) {
+    Buffer*& last = recent_[reinterpret_cast<uintptr_t>(address) / 4096 % recent_.size()];
+    if (!last || !last->contains(address)) {
+      auto next = buffers.upper_bound(address);
+      last = next == buffers.begin() ? nullptr : &std::prev(next)->second;
+    }
+    return last && last->contains(address) ? last : nullptr;
+  }
+
   void free(void* begin) {
-    const Buffer buffer = buffers.at(begin);
-    buffers.erase(begin);
+    const Buffer& buffer = *find(begin);
     check(buffer.inner, buffer.begin, buffer, "in front of");
     check(buffer.begin + buffer.size, buffer.inner_end, buffer, "behind");
     munmap(buffer.pages, buffer.num_bytes);
+    recent_.fill(nullptr);
+    buffers.erase(buffer.pages);
   }
 
  private:
+  std::array<Buffer*, 64> recent_{};
+
   void check(const char* from, const char* to, const Buffer& buffer, const char* where) {
     for (const char* byte = from; byte < to; ++byte) {
       if (static_cast<unsigned char>(*byte) != kPoison) {
