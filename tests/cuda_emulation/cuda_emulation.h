@@ -162,7 +162,7 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value, EMULATED_CALL) {
 }
 
 // Blocks run one after another and a fiber is not interrupted, so these are plain operations.
-#define EMULATED_ATOMIC template <typename T> __attribute__((no_sanitize("thread"))) T
+#define EMULATED_ATOMIC template <typename T> UNWATCHED T
 EMULATED_ATOMIC atomicAdd(T* address, T value) {
   static_assert(std::is_integral_v<T>, "sums of floating-point numbers depend on the order");
   emulated_access(address, sizeof(T), emulation::Kind::atomic);

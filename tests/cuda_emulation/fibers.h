@@ -113,7 +113,7 @@ class Device {
   }
 
   // What the fiber's warp gave, by lane; waits until every lane of the mask has given something.
-  const std::array<uint64_t, kWarp>& exchange(
+  UNWATCHED const std::array<uint64_t, kWarp>& exchange(
       unsigned mask, uint64_t value, Place place, bool orders_memory = false) {
     Fiber& fiber = *current;
     if (!(mask >> (fiber.number % kWarp) & 1)) {
@@ -125,7 +125,7 @@ class Device {
   }
 
   // How many threads of the block gave something else than 0; waits for all of them.
-  int block_barrier(bool value, Place place) {
+  UNWATCHED int block_barrier(bool value, Place place) {
     current->given = value;
     wait(State::at_block_barrier, place);
     return static_cast<int>(current->received[0]);
@@ -145,7 +145,7 @@ class Device {
   void* dynamic_shared() const { return dynamic_; }
 
   // A kernel reads or writes, at once after this.
-  void access(const void* address, size_t size, Kind kind) {
+  UNWATCHED void access(const void* address, size_t size, Kind kind) {
     if (size > 0 && !is_on_stack(address)) {
       look(static_cast<const char*>(address), size, kind);
     }
@@ -187,12 +187,12 @@ class Device {
     std::array<std::vector<Fiber*>, kMostThreads / kWarp> warps;
     size_t count = 0;
 
-    void add(Fiber* fiber) {
+    UNWATCHED void add(Fiber* fiber) {
       warps[fiber->number / kWarp].push_back(fiber);
       ++count;
     }
     // One of the first warp from `warp` on that has some.
-    Fiber* take(size_t warp, size_t choice) {
+    UNWATCHED Fiber* take(size_t warp, size_t choice) {
       while (warps[warp % warps.size()].empty()) {
         ++warp;
       }
@@ -200,7 +200,7 @@ class Device {
       return take_from(fibers, fibers.begin() + choice % fibers.size());
     }
     // That with the lowest number, or the highest.
-    Fiber* take_outermost(bool highest, size_t num_warps) {
+    UNWATCHED Fiber* take_outermost(bool highest, size_t num_warps) {
       size_t warp = highest ? num_warps - 1 : 0;
       while (warps[warp].empty()) {
         warp += highest ? -1 : 1;
@@ -212,7 +212,7 @@ class Device {
     }
 
    private:
-    Fiber* take_from(std::vector<Fiber*>& fibers, std::vector<Fiber*>::iterator at) {
+    UNWATCHED Fiber* take_from(std::vector<Fiber*>& fibers, std::vector<Fiber*>::iterator at) {
       std::swap(*at, fibers.back());
       Fiber* fiber = fibers.back();
       fibers.pop_back();
@@ -236,7 +236,7 @@ class Device {
     return order;
   }
 
-  Fiber* next(Ready& ready, unsigned leader, unsigned num_warps) {
+  UNWATCHED Fiber* next(Ready& ready, unsigned leader, unsigned num_warps) {
     if (order_ == "random") {
       return ready.take(random_() % 16 ? leader : random_() % num_warps, random_());
     }
@@ -273,7 +273,7 @@ class Device {
     }
   }
 
-  void run_block() {
+  UNWATCHED void run_block() {
     first_of_block_ = ++interval_;
     std::memset(dynamic_, kPoison, dynamic_bytes_);
     static_bytes_ = 0;
@@ -313,7 +313,7 @@ class Device {
     }
   }
 
-  std::vector<Fiber*> met_in_block(unsigned count) {
+  UNWATCHED std::vector<Fiber*> met_in_block(unsigned count) {
     uint64_t total = 0;
     for (unsigned i = 0; i < count; ++i) {
       if (fibers_[i]->state != State::at_block_barrier || fibers_[i]->place != fibers_[0]->place) {
@@ -328,7 +328,7 @@ class Device {
     return {fibers_.begin(), fibers_.begin() + count};
   }
 
-  std::vector<Fiber*> met_in_warp(const Fiber& last) {
+  UNWATCHED std::vector<Fiber*> met_in_warp(const Fiber& last) {
     std::vector<Fiber*> met;
     std::array<uint64_t, kWarp> given{};
     const unsigned first = last.number / kWarp * kWarp;
@@ -385,7 +385,7 @@ class Device {
     }
   }
 
-  void wait(State state, Place place) {
+  UNWATCHED void wait(State state, Place place) {
     check_doubtful();
     current->state = state, current->place = place;
     pause();
@@ -411,12 +411,12 @@ class Device {
     }
   }
 
-  bool is_on_stack(const void* address) const {
+  UNWATCHED bool is_on_stack(const void* address) const {
     const auto* stack = static_cast<const char*>(current->start.uc_stack.ss_sp);
     return stack <= address && address < stack + kStackBytes;
   }
 
-  void look(const char* address, size_t size, Kind kind) {
+  UNWATCHED void look(const char* address, size_t size, Kind kind) {
     Buffer* buffer = guarded_memory().find(address);
     if (!buffer) {
       return;  // the host's: arguments of the launch
@@ -431,7 +431,7 @@ class Device {
     const History::Found found = buffer->history->record(
         address - buffer->begin, size, kind,
         {buffer->is_shared ? first_of_block_ : first_of_launch_, first_of_block_, interval_,
-         current->number, current->synced});
+         current->number, current->synced.data()});
     if (buffer->is_shared && kind == Kind::read && !found.is_written_in_block) {
       fail("a read of shared memory that was not written");
     }
@@ -451,7 +451,10 @@ class Device {
   }
 
   // Before another thread runs.
-  void check_doubtful() {
+  UNWATCHED void check_doubtful() {
+    if (doubtful_.empty()) {
+      return;
+    }
     for (const Doubtful& one : std::exchange(doubtful_, {})) {
       if (std::memcmp(one.address, one.before.data(), one.before.size()) != 0) {
         fail(one.message);
@@ -525,7 +528,7 @@ inline void Device::on_signal(int number, siginfo_t* info, void*) {
 
 // The calls that -fsanitize=thread puts in front of every access; the sanitizer's own library is not
 // linked. Hidden, so that each library calls its own.
-#define EMULATED_HOOK extern "C" inline __attribute__((used, visibility("hidden"), no_sanitize("thread")))
+#define EMULATED_HOOK extern "C" inline __attribute__((used, visibility("hidden"))) UNWATCHED
 EMULATED_HOOK void emulated_access(const void* address, size_t size, emulation::Kind kind) {
   if (emulation::is_watching) {
     emulation::is_watching = false;

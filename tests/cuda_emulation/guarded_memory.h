@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -33,7 +34,7 @@ struct Buffer {
   std::unique_ptr<History> history;
   bool is_shared = false;  // of a block
 
-  bool contains(const void* address) const {
+  UNWATCHED bool contains(const void* address) const {
     const char* byte = static_cast<const char*>(address);
     return pages <= byte && byte < pages + num_bytes;
   }
@@ -65,8 +66,8 @@ struct GuardedMemory {
   }
 
   // The buffer whose pages have the address, those without access included, or null.
-  Buffer* find(const void* address) {
-    Buffer*& last = recent_[reinterpret_cast<uintptr_t>(address) / 4096 % recent_.size()];
+  UNWATCHED Buffer* find(const void* address) {
+    Buffer*& last = recent_[reinterpret_cast<uintptr_t>(address) / 4096 % kRecent];
     if (!last || !last->contains(address)) {
       auto next = buffers.upper_bound(address);
       last = next == buffers.begin() ? nullptr : &std::prev(next)->second;
@@ -79,12 +80,13 @@ struct GuardedMemory {
     check(buffer.inner, buffer.begin, buffer, "in front of");
     check(buffer.begin + buffer.size, buffer.inner_end, buffer, "behind");
     munmap(buffer.pages, buffer.num_bytes);
-    recent_.fill(nullptr);
+    std::fill(recent_, recent_ + kRecent, nullptr);
     buffers.erase(buffer.pages);
   }
 
  private:
-  std::array<Buffer*, 64> recent_{};
+  static constexpr size_t kRecent = 64;
+  Buffer* recent_[kRecent] = {};
 
   void check(const char* from, const char* to, const Buffer& buffer, const char* where) {
     for (const char* byte = from; byte < to; ++byte) {
