@@ -47,17 +47,23 @@ MINUTES ?= 30
 soak: $(INSTALLED)
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) --out build/soak
 
-# The extension compiled with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package.
+# The extension compiled with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package;
+# then with ThreadSanitizer and threads that it knows (it wants the layout of memory left unshuffled).
 SANITIZED := build/sanitized
-SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+SANITIZED_TESTS := tests/test_ops.py tests/test_ops_random.py tests/test_csrc_arguments.py -k "not reference"
+ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
+sanitized = rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r tca_fast $(SANITIZED) && \
+	rm -f $(SANITIZED)/tca_fast/*.so && cp -r kernels/src $(SANITIZED)/tca_fast/kernels && \
+	CFLAGS="$(1) -g" LDFLAGS="$(1) $(2)" \
+		$(BIN)/python setup.py -q build_ext --build-temp $(SANITIZED)/objects --build-lib $(SANITIZED)
 sanitize: $(INSTALLED)
-	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED) && cp -r tca_fast $(SANITIZED) && rm -f $(SANITIZED)/tca_fast/*.so
-	cp -r kernels/src $(SANITIZED)/tca_fast/kernels
-	CFLAGS="$(SANITIZERS) -g" LDFLAGS="$(SANITIZERS)" \
-		$(BIN)/python setup.py -q build_ext --build-temp build/sanitizing --build-lib $(SANITIZED)
+	$(call sanitized,$(ADDRESS),)
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest \
-		tests/test_ops.py tests/test_ops_random.py tests/test_csrc_arguments.py -k "not reference"
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED) $(BIN)/pytest $(SANITIZED_TESTS)
+	c++ -std=c++20 -O1 -g -fPIC -fsanitize=thread -c tests/sanitizers/parallel_for.cpp -o build/parallel_for.o
+	$(call sanitized,-fsanitize=thread,$(CURDIR)/build/parallel_for.o)
+	LD_PRELOAD="$$(c++ -print-file-name=libtsan.so)" TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+		PYTHONPATH=$(SANITIZED) setarch -R $(BIN)/pytest -s $(SANITIZED_TESTS)
 
 # Every operator and the layer, timed on this machine alone. BENCH takes options of the suites, such
 # as BENCH="--only 7B"; benchmarks/README.md has them.

@@ -139,3 +139,13 @@ def test_the_emulator_goes_on_after_an_error(faults, values, out):
         faults.call("run_divergent", out)
     faults.call("run_reverse", values, out, 1, 0)
     assert torch.equal(out, values.view(3, 64).flip(1).flatten())
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "random"])
+def test_who_runs_first(faults, out, order, monkeypatch):
+    monkeypatch.setenv("CUDA_EMULATION_ORDER", order)
+    faults.call("run_sequence", faults.guarded(torch.zeros(1, dtype=torch.int32)), out)
+    numbers = list(range(192))
+    assert sorted(out.tolist()) == numbers
+    expected = {"ascending": numbers, "descending": numbers[::-1]}
+    assert all((out.tolist() == sequence) == (order == name) for name, sequence in expected.items())

@@ -9,7 +9,7 @@
 #include <bit>
 #include <cmath>
 
-#include "fibers.h"
+#include "hooks.h"
 
 #define __global__
 #define __device__

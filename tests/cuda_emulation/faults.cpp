@@ -104,6 +104,11 @@ __global__ void blocks(int* out, int what) {
   }
 }
 
+// Which thread of which block runs first.
+__global__ void sequence(int* next, int* out) {
+  out[atomicAdd(next, 1)] = blockIdx.x * blockDim.x + threadIdx.x;
+}
+
 __global__ void read_beyond(const int* in, int* out, int64_t at) { out[0] = in[at]; }
 
 }  // namespace faults
@@ -151,4 +156,7 @@ ENTRY const char* run_blocks(int* out, int64_t what) {
 }
 ENTRY const char* run_read_beyond(const int* in, int* out, int64_t at) {
   return reported([=] { launch(read_beyond, 1, 1, 0, nullptr, in, out, at); });
+}
+ENTRY const char* run_sequence(int* next, int* out) {
+  return reported([=] { launch(sequence, 3, 64, 0, nullptr, next, out); });
 }

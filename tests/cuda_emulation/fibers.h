@@ -1,34 +1,27 @@
-// The threads of a block as fibers of one thread, scheduled in random order.
+// The threads of a block as fibers of one thread.
 //
-// A fiber runs until it waits at a barrier or ends; who runs next is drawn at random, and so is the
-// order of the blocks. Most of the time one warp has the lead, so that it runs as far ahead of the
-// others as the barriers let it. A kernel that lacks a barrier therefore reads what was not written
-// yet, or what was written over: shared memory starts as NaN in every block. A barrier that not all of its threads reach is an
-// error that names the lines where they wait, and so is a fault of memory or of arithmetic.
+// A fiber runs until it waits at a barrier or ends; schedule.h says who runs next. An access that no
+// barrier orders with another thread's (accesses.h) is an error, and so are a barrier that not all of
+// its threads reach, shared memory that is read before it was written, and a fault of memory or of
+// arithmetic; errors name the lines where threads wait. Shared memory starts as NaN in every block.
 #pragma once
 
-#include <csetjmp>
 #include <csignal>
 #include <cxxabi.h>
 #include <dlfcn.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <functional>
-#include <random>
-#include <set>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "guarded_memory.h"
-
-struct uint3 {
-  unsigned x, y, z;
-};
+#include "schedule.h"
 
 struct dim3 {
   unsigned x, y, z;
@@ -38,36 +31,7 @@ struct dim3 {
 
 namespace emulation {
 
-constexpr unsigned kMostThreads = 1024;
 constexpr size_t kStackBytes = 256 << 10, kMostStatic = 48 << 10, kMostShared = 227 << 10;
-
-// A line of a kernel's source where its threads meet.
-struct Place {
-  const char* operation;
-  const char* file;
-  int line;
-
-  bool operator==(const Place&) const = default;
-  std::string text() const {
-    return line ? std::string(operation) + " at " + file + ":" + std::to_string(line) : operation;
-  }
-};
-
-enum class State { ready, at_block_barrier, at_warp_exchange, at_warp_barrier, ended };
-
-struct Fiber {
-  ucontext_t start;
-  jmp_buf paused;
-  bool started = false;
-  State state = State::ended;
-  unsigned number = 0;
-  uint3 thread{};
-  Place place{"the start", "", 0};
-  unsigned mask = 0;
-  uint64_t given = 0;
-  std::array<uint64_t, kWarp> received{};  // by lane
-  std::array<uint16_t, kWarp> synced{};    // see Moment
-};
 
 // Whether accesses are a kernel's: not the host's, and not the emulator's while it looks at one.
 inline bool is_watching = false;
@@ -82,6 +46,7 @@ class Device {
       void* kernel, dim3 grid_, dim3 block_, size_t dynamic_bytes, std::function<void()> body) {
     grid = grid_, block = block_, kernel_ = kernel, body_ = std::move(body);
     check_limits(dynamic_bytes);
+    const std::vector<size_t> blocks = schedule_.blocks(grid.count());
     dynamic_ = allocate_shared(dynamic_bytes), dynamic_bytes_ = dynamic_bytes;
     // A fiber left in the middle of a kernel that failed starts anew.
     while (fibers_.size() < block.count()) {
@@ -89,7 +54,6 @@ class Device {
     }
     catch_signals();
     first_of_launch_ = interval_ + 1;
-    const std::vector<size_t> blocks = in_order(grid.count());
     for (size_t i = 0; i < blocks.size() && failure_.empty(); ++i) {
       const size_t plane = size_t{1} * grid.x * grid.y;
       block_index = {
@@ -176,72 +140,10 @@ class Device {
   std::vector<Doubtful> doubtful_;
   std::string failure_;
   jmp_buf scheduler_;
-  std::mt19937 random_{static_cast<unsigned>(
-      std::getenv("CUDA_EMULATION_SEED") ? std::atoi(std::getenv("CUDA_EMULATION_SEED")) : 1)};
+  Schedule schedule_;
   std::array<struct sigaction, 4> handlers_{};
   stack_t signal_stack_{};
   static constexpr std::array<int, 4> kSignals{SIGSEGV, SIGBUS, SIGILL, SIGFPE};
-
-  // The fibers that can run, by warp.
-  struct Ready {
-    std::array<std::vector<Fiber*>, kMostThreads / kWarp> warps;
-    size_t count = 0;
-
-    UNWATCHED void add(Fiber* fiber) {
-      warps[fiber->number / kWarp].push_back(fiber);
-      ++count;
-    }
-    // One of the first warp from `warp` on that has some.
-    UNWATCHED Fiber* take(size_t warp, size_t choice) {
-      while (warps[warp % warps.size()].empty()) {
-        ++warp;
-      }
-      std::vector<Fiber*>& fibers = warps[warp % warps.size()];
-      return take_from(fibers, fibers.begin() + choice % fibers.size());
-    }
-    // That with the lowest number, or the highest.
-    UNWATCHED Fiber* take_outermost(bool highest, size_t num_warps) {
-      size_t warp = highest ? num_warps - 1 : 0;
-      while (warps[warp].empty()) {
-        warp += highest ? -1 : 1;
-      }
-      const auto [lowest, last] = std::minmax_element(
-          warps[warp].begin(), warps[warp].end(),
-          [](const Fiber* a, const Fiber* b) { return a->number < b->number; });
-      return take_from(warps[warp], highest ? last : lowest);
-    }
-
-   private:
-    UNWATCHED Fiber* take_from(std::vector<Fiber*>& fibers, std::vector<Fiber*>::iterator at) {
-      std::swap(*at, fibers.back());
-      Fiber* fiber = fibers.back();
-      fibers.pop_back();
-      --count;
-      return fiber;
-    }
-  };
-
-  // "ascending" and "descending" run blocks, and the threads that can run, by number; else at random.
-  const std::string order_ =
-      std::getenv("CUDA_EMULATION_ORDER") ? std::getenv("CUDA_EMULATION_ORDER") : "random";
-
-  std::vector<size_t> in_order(size_t count) {
-    std::vector<size_t> order(count);
-    for (size_t i = 0; i < count; ++i) {
-      order[i] = order_ == "descending" ? count - 1 - i : i;
-      if (order_ == "random") {
-        std::swap(order[i], order[random_() % (i + 1)]);
-      }
-    }
-    return order;
-  }
-
-  UNWATCHED Fiber* next(Ready& ready, unsigned leader, unsigned num_warps) {
-    if (order_ == "random") {
-      return ready.take(random_() % 16 ? leader : random_() % num_warps, random_());
-    }
-    return ready.take_outermost(order_ == "descending", num_warps);
-  }
 
   static std::string text(uint3 index) {
     return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
@@ -292,9 +194,9 @@ class Device {
       ready.add(&fiber);
     }
     const unsigned num_warps = (count + kWarp - 1) / kWarp;
-    unsigned ended = 0, leader = random_() % num_warps;
+    unsigned ended = 0, leader = schedule_.warp(num_warps);
     while (ready.count > 0) {
-      Fiber& fiber = *next(ready, leader, num_warps);
+      Fiber& fiber = *schedule_.next(ready, leader, num_warps);
       resume(fiber);
       if (!failure_.empty()) {
         return;
@@ -303,7 +205,7 @@ class Device {
       const std::vector<Fiber*> met = fiber.state == State::at_block_barrier  ? met_in_block(count)
                                       : fiber.state == State::ended ? std::vector<Fiber*>()
                                                                     : met_in_warp(fiber);
-      leader = met.size() == count ? random_() % num_warps : leader;
+      leader = met.size() == count ? schedule_.warp(num_warps) : leader;
       for (Fiber* each : met) {
         ready.add(each);
       }
@@ -525,44 +427,3 @@ inline void Device::on_signal(int number, siginfo_t* info, void*) {
 }
 
 }  // namespace emulation
-
-// The calls that -fsanitize=thread puts in front of every access; the sanitizer's own library is not
-// linked. Hidden, so that each library calls its own.
-#define EMULATED_HOOK extern "C" inline __attribute__((used, visibility("hidden"))) UNWATCHED
-EMULATED_HOOK void emulated_access(const void* address, size_t size, emulation::Kind kind) {
-  if (emulation::is_watching) {
-    emulation::is_watching = false;
-    emulation::device().access(address, size, kind);
-    emulation::is_watching = true;
-  }
-}
-#define EMULATED_ACCESS(operation, size)                                 \
-  EMULATED_HOOK void __tsan_##operation##size(void* address) {           \
-    emulated_access(address, size, emulation::Kind::operation);          \
-  }                                                                      \
-  EMULATED_HOOK void __tsan_unaligned_##operation##size(void* address) { \
-    emulated_access(address, size, emulation::Kind::operation);          \
-  }
-#define EMULATED_ACCESSES(size) \
-  EMULATED_ACCESS(read, size)   \
-  EMULATED_ACCESS(write, size)
-EMULATED_ACCESSES(1)
-EMULATED_ACCESSES(2)
-EMULATED_ACCESSES(4)
-EMULATED_ACCESSES(8)
-EMULATED_ACCESSES(16)
-EMULATED_HOOK void __tsan_read_range(void* address, size_t size) {
-  emulated_access(address, size, emulation::Kind::read);
-}
-EMULATED_HOOK void __tsan_write_range(void* address, size_t size) {
-  emulated_access(address, size, emulation::Kind::write);
-}
-EMULATED_HOOK void __tsan_init() {}
-EMULATED_HOOK void __tsan_func_entry(void*) {}
-EMULATED_HOOK void __tsan_func_exit() {}
-EMULATED_HOOK void __tsan_vptr_read(void*) {}
-EMULATED_HOOK void __tsan_vptr_update(void*, void*) {}
-// The host's counts of who holds a tensor.
-EMULATED_HOOK int __tsan_atomic32_fetch_add(volatile int* address, int value, int) {
-  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
-}
