@@ -33,8 +33,9 @@ namespace emulation {
 
 constexpr size_t kStackBytes = 256 << 10, kMostStatic = 48 << 10, kMostShared = 227 << 10;
 
-// Whether accesses are a kernel's: not the host's, and not the emulator's while it looks at one.
-inline bool is_watching = false;
+// The stack of the fiber that runs, whose accesses are looked at, those to the stack excepted; null in
+// the host's code, and in the emulator's while it looks at one.
+inline const char* watched_stack = nullptr;
 
 class Device {
  public:
@@ -109,14 +110,15 @@ class Device {
   void* dynamic_shared() const { return dynamic_; }
 
   // A kernel reads or writes, at once after this.
-  UNWATCHED void access(const void* address, size_t size, Kind kind) {
-    if (size > 0 && !is_on_stack(address)) {
-      look(static_cast<const char*>(address), size, kind);
-    }
+  UNWATCHED void access(const char* address, size_t size, Kind kind) {
+    const char* stack = watched_stack;
+    watched_stack = nullptr;
+    look(address, size, kind);
+    watched_stack = stack;
   }
 
   [[noreturn]] void fail(const std::string& what) {
-    is_watching = false;
+    watched_stack = nullptr;
     doubtful_.clear();
     failure_ = what + " (block " + text(block_index) + ", thread " +
                (current ? text(current->thread) : "none") + ", after " +
@@ -295,7 +297,7 @@ class Device {
 
   __attribute__((noinline)) void resume(Fiber& fiber) {
     current = &fiber;
-    is_watching = true;
+    watched_stack = static_cast<const char*>(fiber.start.uc_stack.ss_sp);
     if (_setjmp(scheduler_) == 0) {
       if (fiber.started) {
         _longjmp(fiber.paused, 1);
@@ -303,7 +305,7 @@ class Device {
       fiber.started = true;
       setcontext(&fiber.start);
     }
-    is_watching = false;
+    watched_stack = nullptr;
     current = nullptr;
   }
 
@@ -311,11 +313,6 @@ class Device {
     if (_setjmp(current->paused) == 0) {
       _longjmp(scheduler_, 1);
     }
-  }
-
-  UNWATCHED bool is_on_stack(const void* address) const {
-    const auto* stack = static_cast<const char*>(current->start.uc_stack.ss_sp);
-    return stack <= address && address < stack + kStackBytes;
   }
 
   UNWATCHED void look(const char* address, size_t size, Kind kind) {
@@ -399,7 +396,7 @@ class Device {
   static void on_signal(int number, siginfo_t* info, void*);
 };
 
-inline Device& device() {
+UNWATCHED inline Device& device() {
   static Device device;
   return device;
 }

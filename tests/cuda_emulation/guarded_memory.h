@@ -62,17 +62,22 @@ struct GuardedMemory {
       throw std::bad_alloc();
     }
     std::memset(buffer.inner, kPoison, inner);
+    std::fill(recent_, recent_ + kRecent, Recent());
     return buffer.begin;
   }
 
   // The buffer whose pages have the address, those without access included, or null.
   UNWATCHED Buffer* find(const void* address) {
-    Buffer*& last = recent_[reinterpret_cast<uintptr_t>(address) / 4096 % kRecent];
-    if (!last || !last->contains(address)) {
+    const uintptr_t page = reinterpret_cast<uintptr_t>(address) / kPage;
+    Recent& recent = recent_[page % kRecent];
+    if (recent.page != page) {
       auto next = buffers.upper_bound(address);
-      last = next == buffers.begin() ? nullptr : &std::prev(next)->second;
+      recent = {page, next == buffers.begin() ? nullptr : &std::prev(next)->second};
+      if (recent.buffer && !recent.buffer->contains(address)) {
+        recent.buffer = nullptr;
+      }
     }
-    return last && last->contains(address) ? last : nullptr;
+    return recent.buffer;
   }
 
   void free(void* begin) {
@@ -80,13 +85,18 @@ struct GuardedMemory {
     check(buffer.inner, buffer.begin, buffer, "in front of");
     check(buffer.begin + buffer.size, buffer.inner_end, buffer, "behind");
     munmap(buffer.pages, buffer.num_bytes);
-    std::fill(recent_, recent_ + kRecent, nullptr);
+    std::fill(recent_, recent_ + kRecent, Recent());
     buffers.erase(buffer.pages);
   }
 
  private:
-  static constexpr size_t kRecent = 64;
-  Buffer* recent_[kRecent] = {};
+  // What was looked for lately: a page is of one buffer, or of none.
+  struct Recent {
+    uintptr_t page = 0;
+    Buffer* buffer = nullptr;
+  };
+  static constexpr size_t kRecent = 1024, kPage = 4096;
+  Recent recent_[kRecent] = {};
 
   void check(const char* from, const char* to, const Buffer& buffer, const char* where) {
     for (const char* byte = from; byte < to; ++byte) {
@@ -99,7 +109,7 @@ struct GuardedMemory {
   }
 };
 
-inline GuardedMemory& guarded_memory() {
+UNWATCHED inline GuardedMemory& guarded_memory() {
   static GuardedMemory memory;
   return memory;
 }

@@ -6,10 +6,10 @@
 
 #define EMULATED_HOOK extern "C" inline __attribute__((used, visibility("hidden"))) UNWATCHED
 EMULATED_HOOK void emulated_access(const void* address, size_t size, emulation::Kind kind) {
-  if (emulation::is_watching) {
-    emulation::is_watching = false;
-    emulation::device().access(address, size, kind);
-    emulation::is_watching = true;
+  const char *byte = static_cast<const char*>(address), *stack = emulation::watched_stack;
+  const bool is_on_stack = static_cast<size_t>(byte - stack) < emulation::kStackBytes;
+  if (stack != nullptr && !is_on_stack && size > 0) {
+    emulation::device().access(byte, size, kind);
   }
 }
 #define EMULATED_ACCESS(operation, size)                                 \
