@@ -48,7 +48,8 @@ soak: $(INSTALLED)
 	$(BIN)/python tests/soak.py --minutes $(MINUTES) --out build/soak
 
 # The extension compiled with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package;
-# then with ThreadSanitizer and threads that it knows (it wants the layout of memory left unshuffled).
+# then with ThreadSanitizer and threads that it knows (it wants the layout of memory left unshuffled);
+# then the CUDA kernels in the emulator, every access watched, threads and blocks in three orders.
 SANITIZED := build/sanitized
 SANITIZED_TESTS := tests/test_ops.py tests/test_ops_random.py tests/test_csrc_arguments.py -k "not reference"
 ADDRESS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
@@ -64,6 +65,10 @@ sanitize: $(INSTALLED)
 	$(call sanitized,-fsanitize=thread,$(CURDIR)/build/parallel_for.o)
 	LD_PRELOAD="$$(c++ -print-file-name=libtsan.so)" TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
 		PYTHONPATH=$(SANITIZED) setarch -R $(BIN)/pytest -s $(SANITIZED_TESTS)
+	for order in random ascending descending; do \
+		CUDA_EMULATION_ACCESSES=1 CUDA_EMULATION_ORDER=$$order $(BIN)/pytest tests/test_cuda_generation.py \
+			tests/test_cuda_inference.py tests/test_cuda_operators.py tests/test_cuda_screening.py \
+			tests/test_cuda_slab.py tests/test_cuda_topk.py -k "not equals_sorting" || exit 1; done
 
 # Every operator and the layer, timed on this machine alone. BENCH takes options of the suites, such
 # as BENCH="--only 7B"; benchmarks/README.md has them.

@@ -5,14 +5,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from emulated import Library, has_compiler
+from emulated import WATCHED, Library, has_compiler
 
 pytestmark = pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
 
 
 @pytest.fixture(scope="module")
 def faults() -> Library:
-    return Library("faults.cpp")
+    return Library("faults.cpp", *WATCHED)
 
 
 @pytest.fixture
