@@ -3,6 +3,7 @@
 #include "index_arithmetic.h"
 
 #include <random>
+#include <set>
 #include <sstream>
 
 #include "entry.h"
