@@ -326,12 +326,6 @@ def fresh_adapters(
         from tca_fast.config import AdapterConfig
 
         config = AdapterConfig()
-    # By its field and not its class, which needs pydantic: a machine without it has a stand-in.
-    if not hasattr(config, "num_features"):
-        raise UserError(
-            f"config: {type(config).__name__} is no configuration; pass "
-            "tca_fast.AdapterConfig(num_features=…)"
-        )
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype: {dtype!r} is no floating-point dtype; pass torch.bfloat16")
     if not _is_integer(seed):

@@ -27,7 +27,8 @@ _FLAGS = [
 # Every access to memory is a call, which the emulator answers: the thread sanitizer is not linked.
 # Takes two to five times as long, so `make sanitize` asks for it everywhere.
 WATCHED = ["-fsanitize=thread", "-fno-threadsafe-statics"]
-_ASKED = WATCHED if os.environ.get("CUDA_EMULATION_ACCESSES") == "1" else []
+ACCESSES_ARE_WATCHED = os.environ.get("CUDA_EMULATION_ACCESSES") == "1"
+_ASKED = WATCHED if ACCESSES_ARE_WATCHED else []
 
 
 def built(source: str, *flags: str) -> Path:

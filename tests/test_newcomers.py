@@ -179,7 +179,7 @@ def test_attaching(mistake):
 
 
 def test_a_number_in_the_configurations_place():
-    message = "config: int is no configuration; pass tca_fast.AdapterConfig"
+    message = "config: 8192 is no configuration; pass tca_fast.AdapterConfig"
     with pytest.raises(UserError, match=message):
         tca_fast.attach(model := tiny_qwen2(), 8192)
     adapted = tca_fast.attach(model, tca_fast.AdapterConfig(num_features=2))

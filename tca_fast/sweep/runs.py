@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tca_fast.config import TrainConfig
-from tca_fast.durable import Replacement
+from tca_fast.durable import replace_files
 from tca_fast.errors import UserError
 from tca_fast.evaluation.faithfulness import Faithfulness
 from tca_fast.held_out.measure import measure_adapter
@@ -167,13 +167,7 @@ def _stored(config: TrainConfig, identity: dict[str, Any]) -> Point | None:
 def _store(config: TrainConfig, identity: dict[str, Any], point: Point) -> None:
     content = {"point": asdict(point), "of": identity}
     text = json.dumps(content, indent=1) + "\n"
-    with Replacement(config.run.output_dir) as files:
-        files.write(POINT_NAME, lambda path: _write(path, text))
-        files.commit()
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    replace_files(config.run.output_dir, {POINT_NAME: text.encode()})
 
 
 def rising(points: Sequence[Point]) -> list[tuple[Point, Point]]:
